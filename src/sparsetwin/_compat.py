@@ -1,0 +1,49 @@
+"""The only file that knows wrappers' name prefixes, DTensor and torch versions."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def canonical_name(name: str, model: nn.Module) -> str:
+    """Return a parameter's name as the bare model has it, without what wrappers put in front.
+
+    DDP and DataParallel put ``module.`` in front, ``torch.compile`` ``_orig_mod.``, activation checkpointing and FSDP1
+    prefixes of their own. A prefix is dropped only where the module that owns it is such a wrapper, so a model whose
+    own child is called ``module`` keeps it.
+    """
+    if not _WRAPPERS.search(name):
+        return name
+    kept: list[str] = []
+    owner: nn.Module | None = model
+    for part in name.split("."):
+        if not (owner is not None and _is_wrapper(owner, part)):
+            kept.append(part)
+        owner = getattr(owner, part, None) if owner is not None else None
+        owner = owner if isinstance(owner, nn.Module) else None
+    return ".".join(kept)
+
+
+def _is_wrapper(owner: nn.Module, child: str) -> bool:
+    if child == "module":
+        return type(owner).__name__ in ("DistributedDataParallel", "DataParallel", "AveragedModel")
+    return child in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter once, under its canonical name, in the model's own order."""
+    return {canonical_name(name, model): parameter for name, parameter in model.named_parameters()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process: a DTensor's shard, or the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be counted or read back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
