@@ -13,6 +13,7 @@
     ├── DataError          a data set that is missing, corrupted or of another shape  (also a RuntimeError)
     └── TrainingError      a run that cannot go on, such as one whose loss is NaN     (also a RuntimeError)
 
+`SparsityWarning` is the one warning of our own: what works, but should be known.
 A message says what was given, what is expected and what would work.
 """
 
@@ -58,6 +59,10 @@ class DataError(SparsetwinError, RuntimeError):
 
 class TrainingError(SparsetwinError, RuntimeError):
     """A run that cannot go on."""
+
+
+class SparsityWarning(UserWarning):
+    """Something about masks or phases that works, but that the user should know."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,1 +1,27 @@
-"""recipes."""
+"""Run configurations, and the functions that return them."""
+
+from sparsetwin.recipes._build import build_run, describe, import_object, model_factory
+from sparsetwin.recipes._recipe import (
+    MethodSettings,
+    ModelSettings,
+    Recipe,
+    ScheduleSettings,
+    TargetSettings,
+    recipe_from_plain,
+)
+from sparsetwin.recipes.registry import RECIPES, find_recipe
+
+__all__ = [
+    "RECIPES",
+    "MethodSettings",
+    "ModelSettings",
+    "Recipe",
+    "ScheduleSettings",
+    "TargetSettings",
+    "build_run",
+    "describe",
+    "find_recipe",
+    "import_object",
+    "model_factory",
+    "recipe_from_plain",
+]

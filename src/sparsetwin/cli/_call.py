@@ -1,0 +1,48 @@
+"""What commands share: parsing a dataclass from arguments, printing for people and for programs."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
+    """Fill a command's dataclass from arguments; a wrong one ends the process with code 2 and a suggestion.
+
+    Args:
+        cls: The dataclass; its docstrings are the help.
+        arguments: What follows the command's name.
+        command: Its name, for the usage line.
+        default: Values to override.
+    """
+    if default is None:
+        return tyro.cli(cls, args=list(arguments), prog=f"sparsetwin {command}")
+    return tyro.cli(cls, args=list(arguments), prog=f"sparsetwin {command}", default=default)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own."""
+    print(json.dumps(values, sort_keys=True), flush=True)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table; columns that hold a digit in every row stand to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        is_number = index > 0 and all(any(map(str.isdigit, row[index])) for row in rows)
+        table.add_column(heading, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console().print(table)
+
+
+def console() -> Console:
+    """Return a console on the current standard output; wide enough for tables where that is no terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)

@@ -1,0 +1,125 @@
+"""The closing table of a run and its verdict, as plain data and text, for the page and for the terminal."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparsetwin.report._format import count, flops, percent, share, size, sparsity_text
+from sparsetwin.report._run_folder import MAIN_STAGE, Final, Member, Run
+
+HEADINGS = ("member", "test accuracy", "sparsity", "kept weights", "file", "inference FLOPs", "training FLOPs")
+"""Headings of `cells`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRow:
+    """One member of the pair in the closing table."""
+
+    name: str
+    accuracy: float  # fraction of the test samples
+    loss: float  # on the test samples
+    holdout_accuracy: float | None
+    sparsity: float
+    kept: int
+    targets: int
+    step: int
+    file_bytes: int
+    file_share: float | None  # of the dense file, where there is one
+    forward_flops: int  # a sample
+    forward_share: float  # of the dense network's
+    training_share: float  # of a dense training; of the whole run, as its members come out of it together
+
+
+def member_rows(run: Run) -> tuple[MemberRow, ...]:
+    """Return the closing table, the pair first; empty while the run goes on."""
+    if run.final is None:
+        return ()
+    order: list[str] = [name for name in ("dense", "sparse") if name in run.final.members]
+    order += [name for name in run.final.members if name not in order]
+    return tuple(_row(run.final.members[name], run.final) for name in order)
+
+
+def cells(row: MemberRow) -> tuple[str, ...]:
+    """Return a row as text, one for each of `HEADINGS`."""
+    return (
+        row.name,
+        percent(row.accuracy),
+        sparsity_text(row.sparsity),
+        f"{count(row.kept)} of {count(row.targets)}",
+        file_text(row),
+        f"{flops(row.forward_flops)} ({share(row.forward_share)})",
+        share(row.training_share),
+    )
+
+
+def markdown(rows: Iterable[MemberRow]) -> str:
+    """Return the table in Markdown.
+
+    Args:
+        rows: As `member_rows` made them.
+    """
+    lines = [HEADINGS, tuple("---" if index == 0 else "---:" for index in range(len(HEADINGS)))]
+    lines += [cells(row) for row in rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines) + "\n"
+
+
+def file_text(row: MemberRow) -> str:
+    """Return the size of a member's file, and its share of the dense one where there is one."""
+    compared = f" ({share(row.file_share)})" if row.file_share is not None else ""
+    return f"{size(row.file_bytes)}{compared}"
+
+
+def verdict(run: Run) -> str:
+    """Return what the run came to in one sentence, or how far it has come."""
+    rows = {row.name: row for row in member_rows(run)}
+    if not rows:
+        return _progress(run)
+    pair = [row for row in rows.values() if row.name in ("dense", "sparse")] or list(rows.values())
+    said = " and ".join(map(_half, pair))
+    parts = [f"{said[0].upper()}{said[1:]}."]
+    if sparse := rows.get("sparse"):
+        of_dense = f", {share(sparse.file_share)} of the dense one," if sparse.file_share is not None else ""
+        parts.append(
+            f"The sparse half is a file of {size(sparse.file_bytes)}{of_dense} and needs "
+            f"{share(sparse.forward_share)} of the dense inference FLOPs."
+        )
+    training = next(iter(rows.values())).training_share
+    parts.append(f"The whole run took {share(training)} of the FLOPs of one dense training.")
+    return " ".join(parts)
+
+
+def _row(member: Member, final: Final) -> MemberRow:
+    return MemberRow(
+        name=member.name,
+        accuracy=member.test.accuracy,
+        loss=member.test.loss,
+        holdout_accuracy=member.holdout.accuracy if member.holdout else None,
+        sparsity=member.sparsity,
+        kept=member.kept,
+        targets=member.targets,
+        step=member.step,
+        file_bytes=member.file_bytes,
+        file_share=member.file_bytes / final.dense_file_bytes if final.dense_file_bytes else None,
+        forward_flops=member.forward_flops,
+        forward_share=_of(member.forward_flops, final.dense_forward_flops),
+        training_share=_of(final.training_flops, final.dense_training_flops),
+    )
+
+
+def _of(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _half(row: MemberRow) -> str:
+    at = f" at {sparsity_text(row.sparsity)} sparsity" if row.sparsity else ""
+    return f"{row.name} {percent(row.accuracy)}{at}"
+
+
+def _progress(run: Run) -> str:
+    if not run.main:
+        return f"Still running: no epoch of {run.start.epochs} has finished."
+    last = run.epochs[-1]
+    kind = f"a sparse phase ({sparsity_text(last.phase_sparsity)})" if last.phase_sparsity else "a dense phase"
+    now = f"Still running: epoch {last.epoch} of {run.start.epochs}, in {kind}"
+    stage = "" if last.stage == MAIN_STAGE else f" of the stage {last.stage}"
+    found = f", hold-out accuracy {percent(last.holdout.accuracy)}" if last.holdout else ""
+    return f"{now}{stage}{found}."

@@ -1,0 +1,91 @@
+"""Loss and accuracy of a model on a split."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsetwin.errors import UsageError
+from sparsetwin.training.settings import Precision
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss (nats) and accuracy (fraction in [0, 1]) over all labels of a split."""
+
+    loss: float
+    accuracy: float
+
+    def plain(self) -> dict[str, float]:
+        """Return the score as a dict, as ``metrics.jsonl`` holds it."""
+        return {"accuracy": self.accuracy, "loss": self.loss}
+
+
+def loss_and_correct(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy and the number of right predictions, both as scalars on the device.
+
+    Args:
+        logits: (..., classes), float; for text (batch, time, classes).
+        labels: (...), int64.
+        label_smoothing: Share of the target probability spread over all classes.
+    """
+    flat, wanted = logits.flatten(0, -2), labels.flatten()
+    loss = F.cross_entropy(flat.float(), wanted, label_smoothing=label_smoothing)
+    return loss, (flat.argmax(1) == wanted).sum()
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context in which a forward pass runs at a precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    precision: Precision = "fp32",
+    channels_last: bool = False,
+) -> Score:
+    """Evaluate a model in evaluation mode, and put it back into the mode it was in.
+
+    Args:
+        model: Returns logits (batch, ..., classes).
+        batches: Inputs and labels on the model's device.
+        precision: Of the forward pass.
+        channels_last: Turn image batches into channels-last memory format.
+
+    Raises:
+        UsageError: If there are no batches.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
+    labels_seen = 0
+    try:
+        for inputs, labels in batches:
+            with autocast(inputs.device, precision):
+                logits = model(to_format(inputs, channels_last=channels_last))
+            loss, right = loss_and_correct(logits, labels)
+            losses.append(loss.double() * labels.numel())
+            correct.append(right)
+            labels_seen += labels.numel()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not labels_seen:
+        raise UsageError("there are no batches to evaluate on")
+    return Score(float(torch.stack(losses).sum()) / labels_seen, int(torch.stack(correct).sum()) / labels_seen)
+
+
+def to_format(inputs: Tensor, *, channels_last: bool) -> Tensor:
+    """Return images in channels-last memory format if asked to; other inputs as they are."""
+    if channels_last and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs

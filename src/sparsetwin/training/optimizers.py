@@ -1,0 +1,50 @@
+"""Optimizers from settings."""
+
+from torch import nn, optim
+from torch.optim import Optimizer
+
+from sparsetwin.errors import ConfigError
+from sparsetwin.training.settings import OptimizerSettings
+
+
+def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Optimizer]:
+    """Return the optimizers of a model: one, or for ``muon`` two (AdamW for what Muon does not take, then Muon).
+
+    Raises:
+        ConfigError: If torch has no such optimizer, or the model no matrix for Muon.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lr, decay = settings.lr, settings.weight_decay
+    match settings.name:
+        case "sgd":
+            return [
+                optim.SGD(parameters, lr, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=decay)
+            ]
+        case "adam":
+            return [optim.Adam(parameters, lr, betas=settings.betas, eps=settings.eps, weight_decay=decay)]
+        case "adamw":
+            return [optim.AdamW(parameters, lr, betas=settings.betas, eps=settings.eps, weight_decay=decay)]
+        case "nadam":
+            return [optim.NAdam(parameters, lr, betas=settings.betas, eps=settings.eps, weight_decay=decay)]
+        case "rmsprop":
+            return [optim.RMSprop(parameters, lr, eps=settings.eps, weight_decay=decay, momentum=settings.momentum)]
+        case "adagrad":
+            return [optim.Adagrad(parameters, lr, weight_decay=decay)]
+        case "muon":
+            return _muon_and_adamw(model, settings)
+
+
+def _muon_and_adamw(model: nn.Module, settings: OptimizerSettings) -> list[Optimizer]:
+    if not hasattr(optim, "Muon"):
+        raise ConfigError("this torch has no Muon optimizer; it came with torch 2.9")
+    embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2 and parameter not in embedded]
+    if not matrices:
+        raise ConfigError("the model has no matrix that Muon could update; convolutions are not matrices")
+    rest = [parameter for parameter in parameters if not any(parameter is matrix for matrix in matrices)]
+    muon = optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
+    if not rest:
+        return [muon]
+    adamw = optim.AdamW(rest, settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    return [adamw, muon]

@@ -1,0 +1,123 @@
+"""How to train: frozen settings that recipes fill in and the command line overrides field by field."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsetwin.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "muon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Which optimizer, and its own settings; fields that it does not have are ignored."""
+
+    name: OptimizerName = "sgd"
+    """sgd, adam, adamw, nadam, rmsprop, adagrad, or muon (hidden matrices by Muon, the rest by AdamW)."""
+    lr: float = 0.1
+    """Base learning rate, which the learning-rate schedule multiplies."""
+    momentum: float = 0.9
+    """Momentum of sgd, rmsprop and muon."""
+    nesterov: bool = False
+    """Nesterov momentum for sgd."""
+    weight_decay: float = 5e-4
+    """Weight decay on every parameter, biases and batch norm included, as in the paper."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments of adam, adamw and nadam."""
+    eps: float = 1e-8
+    """Term added to the denominator of adam, adamw, nadam and rmsprop."""
+    muon_lr: float = 0.02
+    """Base learning rate of the matrices that muon updates; lr is then AdamW's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateSettings:
+    """How the learning rate moves: a linear warm-up, then a shape. A pure function of the step, so it has no state."""
+
+    shape: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine to zero, step (times gamma at each milestone) or constant."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which shape=step multiplies by gamma."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+    every: Literal["step", "epoch"] = "step"
+    """Change at every optimizer step, or once an epoch as the paper does."""
+
+    def factor(self, step: int, *, steps_per_epoch: int, epochs: float) -> float:
+        """Return what the base learning rate is multiplied with.
+
+        >>> imagenet = LearningRateSettings(warmup_epochs=5, every="epoch")
+        >>> [round(0.256 * imagenet.factor(e, steps_per_epoch=1, epochs=100), 6) for e in (0, 4, 5, 52, 99)]
+        [0.0512, 0.256, 0.256, 0.130117, 7e-05]
+
+        Args:
+            step: Optimizer steps done, from 0.
+            steps_per_epoch: Optimizer steps of one epoch.
+            epochs: Length of the whole schedule.
+        """
+        if self.every == "epoch":
+            epoch = float(step // steps_per_epoch)
+            warmup = (epoch + 1) / self.warmup_epochs if self.warmup_epochs else 1.0
+        else:
+            epoch = step / steps_per_epoch
+            warmup = (epoch + 1 / steps_per_epoch) / self.warmup_epochs if self.warmup_epochs else 1.0
+        if epoch < self.warmup_epochs:
+            return min(warmup, 1.0)
+        if self.shape == "cosine":
+            done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-12)
+            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        if self.shape == "step":
+            return float(self.gamma ** sum(epoch >= milestone for milestone in self.milestones))
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The training loop."""
+
+    epochs: int = 200
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Samples of one optimizer step."""
+    eval_batch_size: int = 512
+    """Samples of one evaluation batch."""
+    accumulation: int = 1
+    """Parts into which a batch is cut, to need less memory; their gradients add up to one step."""
+    precision: Precision = "fp32"
+    """fp32, or autocast to bf16 or fp16 (with loss scaling; an overflowing step is skipped and does not count)."""
+    clip_norm: float = 0.0
+    """Largest gradient norm, taken over kept weights only; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over all classes."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights within a phase, which is evaluated and saved; 0 is none."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last memory format."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    recalibrate_batches: int = 0
+    """Training batches over which each half's batch-norm statistics are computed anew before it is saved."""
+    dense_finetune: bool = False
+    """Train the dense half on, from the end of the last dense phase to the end of the same learning-rate schedule."""
+    checkpoint_epochs: float = 1.0
+    """Epochs between checkpoints of the run."""
+    deterministic: bool = True
+    """Use deterministic algorithms only. On a CPU, runs of one seed and thread count are then equal to the bit."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} needs to be at least 1, got {getattr(self, name)}")
+        for name in ("clip_norm", "label_smoothing", "ema_decay", "recalibrate_batches"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} may not be negative, got {getattr(self, name)}")
+        if self.ema_decay >= 1 or self.label_smoothing >= 1:
+            raise ConfigError("ema_decay and label_smoothing need to be below 1")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(f"batch_size {self.batch_size} cannot be cut into {self.accumulation} equal parts")
+        if self.checkpoint_epochs <= 0:
+            raise ConfigError(f"checkpoint_epochs needs to be positive, got {self.checkpoint_epochs}")

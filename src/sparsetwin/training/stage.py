@@ -1,0 +1,299 @@
+"""One course through a schedule: epochs, phase boundaries, the pair, checkpoints."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsetwin.batch_norm import recalibrate_batch_norm
+from sparsetwin.checkpoint import JSON, Pair
+from sparsetwin.errors import TrainingError
+from sparsetwin.masking import Masks, count_kept
+from sparsetwin.metrics import FlopsLedger, ForwardFlops, mask_change, nonzero_counts, sparsity_table
+from sparsetwin.schedules import Phase
+from sparsetwin.training.evaluate import Score, evaluate
+from sparsetwin.training.journal import Journal, Progress
+from sparsetwin.training.session import Session
+
+_FLUSH_STEPS = 50  # steps between looks at the losses, which on a GPU wait for it
+
+
+class Batches(Protocol):
+    """A split of a data set; `sparsetwin.data.Batches` is one."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch."""
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from ``start`` on, the same ones every time."""
+
+
+@dataclass
+class Sums:
+    """What the training steps of an epoch added up to."""
+
+    loss: float = 0.0  # of means over batches
+    correct: int = 0
+    labels: int = 0
+    steps: int = 0
+    samples: int = 0
+
+    def score(self) -> Score:
+        """Return mean loss and accuracy."""
+        return Score(self.loss / max(self.steps, 1), self.correct / max(self.labels, 1))
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A session on its way through its schedule.
+
+    ``run`` goes from wherever the session is to the end, and may be stopped and continued after any step.
+    """
+
+    name: str  # "main" or "dense-finetune"
+    session: Session
+    train: Batches
+    holdout: Batches
+    forward: ForwardFlops  # of the dense model, for one sample
+    journal: Journal
+    pair: Pair
+    member_names: Mapping[bool, str]  # whether a phase is sparse -> member that its end is saved as
+    branch_step: int | None = None  # after this step the whole state is kept for the fine-tuning of the dense half
+    on_checkpoint: Callable[[], None]
+    on_branch: Callable[[], None]
+    ledger: FlopsLedger = field(init=False)
+    sums: Sums = field(default_factory=Sums)
+    segment_samples: int = 0  # samples since the ledger's last entry
+    best: dict[str, list[float]] = field(default_factory=dict)  # member -> [accuracy, loss] on the hold-out
+    previous_masks: Masks = field(default_factory=dict)  # of the last sparse phase that ended
+    stop_requested: bool = False
+
+    def __post_init__(self) -> None:
+        self.ledger = FlopsLedger(self.forward.total())
+
+    @property
+    def iteration(self) -> int:
+        """Batches consumed: counted steps and overflowed ones."""
+        return self.session.steps + self.session.skipped
+
+    def run(self) -> bool:
+        """Train to the end of the schedule.
+
+        Returns:
+            Whether the end was reached; False if a stop was requested, after a checkpoint.
+
+        Raises:
+            TrainingError: If the loss is not finite; the last checkpoint is kept.
+        """
+        settings = self.session.settings
+        checkpoint_steps = max(1, round(settings.train.checkpoint_epochs * settings.steps_per_epoch))
+        pending: list[tuple[int, Tensor, Tensor]] = []
+        started = time.perf_counter()
+        for inputs, labels in self._batches():
+            before = self.session.steps
+            loss, correct = self.session.step(inputs, labels)
+            if self.session.steps == before:
+                continue  # the loss scaler skipped it
+            pending.append((self.session.steps, loss, correct))
+            self.sums.labels += labels.numel()
+            self.sums.samples += len(labels)
+            self.segment_samples += len(labels)
+            step = self.session.steps
+            epoch_ends = step % settings.steps_per_epoch == 0
+            phase_ends = self.session.sparsifier.phase_ends
+            saves = self.stop_requested or step % checkpoint_steps == 0
+            if epoch_ends or phase_ends or saves or len(pending) >= _FLUSH_STEPS:
+                self._flush(pending)
+            if epoch_ends or phase_ends:
+                self._boundary(epoch_ends=epoch_ends, phase_ends=phase_ends, started=started)
+                started = time.perf_counter() if epoch_ends else started
+            if step == self.branch_step:
+                self.on_branch()
+            if saves or step == settings.total_steps:
+                self.on_checkpoint()
+            if step >= settings.total_steps:
+                return True
+            if self.stop_requested:
+                return False
+        return True
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches from the session's position on; overflowed steps draw on a further epoch at the end."""
+        while self.session.steps < self.session.settings.total_steps:
+            epoch, start = divmod(self.iteration, len(self.train))
+            yield from self.train.epoch(epoch, start=start)
+
+    def _flush(self, pending: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Read the losses of the latest steps and refuse to go on from one that is not finite."""
+        if not pending:
+            return
+        losses = torch.stack([loss for _, loss, _ in pending]).tolist()
+        correct = torch.stack([right for _, _, right in pending]).tolist()
+        for (step, _, _), loss, right in zip(pending, losses, correct, strict=True):
+            if not -float("inf") < loss < float("inf"):
+                raise TrainingError(
+                    f"the loss is {loss} at step {step} ({self.name}); a lower learning rate, clipping "
+                    "(train.clip-norm) or a longer warm-up may help. The last checkpoint is kept"
+                )
+            self.sums.loss += loss
+            self.sums.correct += right
+            self.sums.steps += 1
+        pending.clear()
+        self._tell_progress(losses[-1])
+
+    def _tell_progress(self, loss: float) -> None:
+        phase = self._phase
+        self.journal.progress(
+            Progress(
+                stage=self.name,
+                step=self.session.steps,
+                total_steps=self.session.settings.total_steps,
+                steps_per_epoch=self.session.settings.steps_per_epoch,
+                phase=phase.index,
+                phase_sparsity=phase.sparsity,
+                loss=loss,
+                accuracy=self.sums.score().accuracy,
+            )
+        )
+
+    @property
+    def _phase(self) -> Phase:
+        phase = self.session.sparsifier.phase
+        assert phase is not None
+        return phase
+
+    def _boundary(self, *, epoch_ends: bool, phase_ends: bool, started: float) -> None:
+        model = self._member_model() if phase_ends else self.session.evaluated_model()
+        score = self._score(model) if len(self.holdout) else None
+        nonzero = nonzero_counts(model)
+        forward_flops = self.forward.total(nonzero)
+        self.ledger.add(forward_flops, samples=self.segment_samples)
+        self.segment_samples = 0
+        counts = self._counts(nonzero) | {"holdout": score.plain() if score else None}
+        if epoch_ends:
+            self._epoch_event(counts, forward_flops, started)
+        if score is not None:
+            self._keep_best(model, score)
+        if phase_ends:
+            self._phase_event(model, counts, score)
+
+    def _score(self, model: nn.Module) -> Score:
+        train = self.session.settings.train
+        return evaluate(model, self.holdout.epoch(0), precision=train.precision, channels_last=train.channels_last)
+
+    def _counts(self, nonzero: Mapping[str, int]) -> dict[str, Any]:
+        sparsifier = self.session.sparsifier
+        size = sum(weight.numel() for weight in sparsifier.weights.values())
+        alive = sum(nonzero[name] for name in sparsifier.target_names)
+        return {"kept": count_kept(sparsifier.masks) if sparsifier.masks else size, "zeros": size - alive}
+
+    def _epoch_event(self, counts: Mapping[str, Any], forward_flops: int, started: float) -> None:
+        settings, phase = self.session.settings, self._phase
+        epoch = self.session.steps // settings.steps_per_epoch
+        self.journal.event(
+            {
+                "event": "epoch",
+                "stage": self.name,
+                "epoch": epoch,
+                "step": self.session.steps,
+                "phase": phase.index,
+                "phase_sparsity": phase.sparsity,
+                "lr": self.session.last_lr,
+                "train": self.sums.score().plain(),
+                "forward_flops": forward_flops,
+                "training_flops": self.ledger.training_flops,
+                **counts,
+            }
+        )
+        seconds = time.perf_counter() - started
+        self.journal.time({"stage": self.name, "epoch": epoch, "seconds": seconds, "samples": self.sums.samples})
+        self.sums = Sums()
+
+    def _phase_event(self, model: nn.Module, counts: Mapping[str, Any], score: Score | None) -> None:
+        phase, sparsifier = self._phase, self.session.sparsifier
+        change = (
+            mask_change(self.previous_masks, sparsifier.masks) if self.previous_masks and sparsifier.masks else None
+        )
+        member = self.member_names.get(phase.is_sparse)
+        rows = sparsity_table(model, sparsifier.masks, sparsifier.target_names)
+        self.journal.event(
+            {
+                "event": "phase",
+                "stage": self.name,
+                "phase": phase.index,
+                "start": phase.start,
+                "stop": phase.stop,
+                "sparsity": phase.sparsity,
+                "step": self.session.steps,
+                "layers": {row.name: [row.kept, row.size] for row in rows},
+                "member": member,
+                "mask_change": change
+                and {
+                    "reactivated": change.new_kept,
+                    "iou": change.intersection_over_union,
+                    "new_share": change.new_kept_share,
+                    "percent": change.paper_percentage,
+                },
+                **counts,
+            }
+        )
+        if member is not None:
+            self.pair.save(model, sparsifier, name=member, metrics=_holdout(score))
+        if sparsifier.masks:
+            self.previous_masks = sparsifier.masks
+
+    def _keep_best(self, model: nn.Module, score: Score) -> None:
+        """Save the best model so far of its kind, as the hold-out sees it; ties go to the lower loss."""
+        phase = self._phase
+        if phase.is_sparse and phase.sparsity != self.session.sparsifier.method.schedule.final_sparsity:
+            return
+        name = "sparse-best" if phase.is_sparse else "dense-best"
+        if name in self.best:
+            accuracy, loss = self.best[name]
+            if (score.accuracy, -score.loss) <= (accuracy, -loss):
+                return
+        self.best[name] = [score.accuracy, score.loss]
+        self.pair.save(model, self.session.sparsifier, name=name, metrics=_holdout(score))
+
+    def _member_model(self) -> nn.Module:
+        """Return the model that a phase's end is judged and saved by: its batch norms recalibrated if asked for."""
+        model = self.session.evaluated_model()
+        limit = self.session.settings.train.recalibrate_batches
+        if not limit:
+            return model
+        recalibrated = copy.deepcopy(model)
+        recalibrate_batch_norm(recalibrated, (inputs for inputs, _ in islice(self.train.epoch(0), limit)))
+        return recalibrated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the stage depends on."""
+        return {
+            "session": self.session.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "sums": vars(self.sums).copy(),
+            "segment_samples": self.segment_samples,
+            "best": dict(self.best),
+            "previous_masks": dict(self.previous_masks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
+        """Load what `state_dict` returned, on a branch that of the end of a dense phase of another method."""
+        self.session.load_state_dict(state["session"], branch=branch)
+        self.ledger.load_state_dict(state["ledger"])
+        self.sums = Sums(**state["sums"])
+        self.segment_samples = state["segment_samples"]
+        self.best = dict(state["best"])
+        self.previous_masks = {name: mask.to(self.session.device) for name, mask in state["previous_masks"].items()}
+
+
+def _holdout(score: Score | None) -> dict[str, JSON]:
+    return {"holdout": {**score.plain()}} if score else {}
