@@ -5,7 +5,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # no model's own child is called so
+_HOLDERS = ("DistributedDataParallel", "DataParallel", "AveragedModel")  # classes that call their model ``module``
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:module|{'|'.join(_PREFIXES)})\.")
 
 
 def canonical_name(name: str, model: nn.Module) -> str:
@@ -29,8 +31,8 @@ def canonical_name(name: str, model: nn.Module) -> str:
 
 def _is_wrapper(owner: nn.Module, child: str) -> bool:
     if child == "module":
-        return type(owner).__name__ in ("DistributedDataParallel", "DataParallel", "AveragedModel")
-    return child in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+        return any(base.__name__ in _HOLDERS for base in type(owner).__mro__)
+    return child in _PREFIXES
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -42,6 +44,12 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies in this process: a DTensor's shard, or the tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
+
+
+def total(count: Tensor) -> int:
+    """Return a count as a number; of a DTensor the sum over all processes, each of which has to call this."""
+    gather = getattr(count, "full_tensor", None)  # a DTensor's own item() is this process's part only
+    return int(count if gather is None else gather())
 
 
 def is_capturing() -> bool:

@@ -57,7 +57,7 @@ Distribution = Global | Uniform
 
 
 def check_budgets(budgets: tuple[Budget, ...], sizes: Mapping[str, int], *, minimum_kept: int) -> None:
-    """Refuse budgets that would leave a layer with fewer than ``minimum_kept`` weights.
+    """Refuse budgets that cannot be met: less than their layers' minimum, or more than their weights.
 
     Args:
         budgets: What a distribution returned.
@@ -65,13 +65,18 @@ def check_budgets(budgets: tuple[Budget, ...], sizes: Mapping[str, int], *, mini
         minimum_kept: Weights that each layer keeps in any case; a smaller layer keeps all it has.
 
     Raises:
-        SelectionError: If a budget is smaller than what its layers keep in any case.
+        SelectionError: If a budget cannot be met, or ``minimum_kept`` is negative.
     """
+    if minimum_kept < 0:
+        raise SelectionError(f"minimum_kept needs to be at least 0, got {minimum_kept}")
     for budget in budgets:
         needed = sum(min(minimum_kept, sizes[name]) for name in budget.names)
+        total = sum(sizes[name] for name in budget.names)
         if budget.kept < needed:
-            total = sum(sizes[name] for name in budget.names)
+            layers = budget.names[0] if len(budget.names) == 1 else f"{len(budget.names)} layers"
             raise SelectionError(
-                f"{budget.kept} of {total} weights are too few for {len(budget.names)} layers that keep at least "
-                f"{minimum_kept} each ({needed} in all); lower the sparsity or exclude layers"
+                f"{budget.kept} of {total} weights are too few for {layers}: each layer keeps at least {minimum_kept}, "
+                f"{needed} in all; lower the sparsity or minimum_kept, or exclude layers"
             )
+        if budget.kept > total:
+            raise SelectionError(f"cannot keep {budget.kept} of {total} weights; a sparsity is at least 0")

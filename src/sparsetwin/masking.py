@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetwin._compat import local
+from sparsetwin._compat import local, total
 from sparsetwin.errors import StateError
 from sparsetwin.schedules import Phase
 
@@ -46,8 +46,13 @@ def expand_bits(mask: Tensor, *, dtype: torch.dtype) -> Tensor:
 
     Args:
         mask: Any shape, bool.
-        dtype: The dtype of the weights that `keep_` is to mask.
+        dtype: The dtype of the weights that `keep_` is to mask, of 8, 16, 32 or 64 bits.
+
+    Raises:
+        StateError: If ``dtype`` has another width.
     """
+    if dtype.itemsize not in _BITS:
+        raise StateError(f"weights of dtype {dtype} cannot be masked; expected 8, 16, 32 or 64 bits")
     return mask.to(_BITS[dtype.itemsize]).neg_()
 
 
@@ -61,7 +66,15 @@ def keep_(tensor: Tensor, bits: Tensor) -> Tensor:
     Args:
         tensor: Any shape; its own process's part of a weight, gradient or optimizer state.
         bits: What `expand_bits` made of a mask of the same shape, for the same dtype.
+
+    Raises:
+        StateError: If the shape or the width of the elements differs.
     """
+    if tensor.shape != bits.shape or tensor.itemsize != bits.itemsize:
+        raise StateError(
+            f"a tensor of shape {tuple(tensor.shape)} and {8 * tensor.itemsize} bits an element cannot be masked by "
+            f"bits of shape {tuple(bits.shape)} and {8 * bits.itemsize}"
+        )
     tensor.detach().view(bits.dtype).bitwise_and_(bits)
     return tensor
 
@@ -75,25 +88,37 @@ def apply_masks_(tensors: Mapping[str, Tensor], masks: Masks) -> None:
         masks: Canonical name -> bool.
 
     Raises:
-        StateError: If a mask's tensor is missing or of another shape.
+        StateError: If a mask's tensor is missing or of another shape; then no tensor was changed.
     """
+    _check_shapes(tensors, masks)
     for name, mask in masks.items():
-        if name not in tensors or tensors[name].shape != mask.shape:
-            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "none"
-            raise StateError(f"the mask of {name} has shape {tuple(mask.shape)}, its tensor: {found}")
         weight = local(tensors[name])
         keep_(weight, expand_bits(local(mask), dtype=weight.dtype))
 
 
+def _check_shapes(tensors: Mapping[str, Tensor], masks: Masks) -> None:
+    for name, mask in masks.items():
+        if name not in tensors or tensors[name].shape != mask.shape:
+            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "none"
+            raise StateError(f"the mask of {name} has shape {tuple(mask.shape)}, its tensor: {found}")
+
+
 def count_kept(masks: Masks) -> int:
-    """Return how many weights the masks keep in all."""
-    return sum(int(local(mask).sum()) for mask in masks.values())
+    """Return how many weights the masks keep in all, of sharded masks in all processes together."""
+    return sum(total(mask.count_nonzero()) for mask in masks.values())
 
 
 @torch.no_grad()
 def count_pruned_nonzero(tensors: Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
-    """Return, for every name where it is not zero, how many elements are non-zero although their mask prunes them."""
-    counts = {name: int((local(tensors[name]).ne(0) & ~local(mask)).sum()) for name, mask in masks.items()}
+    """Return, for every name where it is not zero, how many elements are non-zero although their mask prunes them.
+
+    NaN is not zero, -0.0 is. Of sharded tensors it counts the part of this process.
+
+    Raises:
+        StateError: If a mask's tensor is missing or of another shape.
+    """
+    _check_shapes(tensors, masks)
+    counts = {name: int((local(tensors[name]).ne(0) & ~local(mask)).count_nonzero()) for name, mask in masks.items()}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -111,13 +136,15 @@ def unpack_mask(packed: Tensor, *, shape: Iterable[int]) -> Tensor:
     """Return the bool mask of ``shape`` that `pack_mask` packed.
 
     Raises:
-        StateError: If the packed mask has not exactly the bytes of that shape, or bits set beyond it.
+        StateError: If the packed mask is not uint8, has not exactly the bytes of that shape, or bits set beyond it.
     """
     size = tuple(shape)
     numel = int(np.prod(size, dtype=np.int64))
-    if packed.dtype != torch.uint8 or packed.numel() != (numel + 7) // 8:
+    if packed.dtype != torch.uint8:
+        raise StateError(f"a packed mask is of dtype torch.uint8, got {packed.dtype}")
+    if packed.numel() != (numel + 7) // 8:
         raise StateError(f"a packed mask of shape {size} has {(numel + 7) // 8} bytes, got {packed.numel()}")
     bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
     if bits[numel:].any():
         raise StateError(f"a packed mask of shape {size} has bits beyond its {numel} elements")
-    return torch.from_numpy(bits[:numel].astype(np.bool_)).reshape(size)
+    return torch.from_numpy(bits[:numel].view(np.bool_)).reshape(size)

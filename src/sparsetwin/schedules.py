@@ -10,8 +10,10 @@ The paper's ImageNet run is twelve numbers in four lists of its configuration fi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from sparsetwin.errors import ScheduleError, nearest
 
@@ -44,18 +46,20 @@ class Schedule:
     """Phases that follow each other without a gap, from step 0.
 
     Raises:
-        ScheduleError: If there is no phase, a phase is empty, phases leave a gap or overlap, or a sparsity is
-            outside [0, 1).
+        ScheduleError: If there is no phase, a phase is empty, phases leave a gap or overlap, a step is not a whole
+            number, or a sparsity is outside [0, 1).
     """
 
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
             raise ScheduleError("a schedule needs at least one phase, got none")
         step = 0
         for index, phase in enumerate(self.phases):
             check_sparsity(phase.sparsity)
+            _check_steps({"start": phase.start, "stop": phase.stop})
             if phase.index != index or phase.start != step:
                 raise ScheduleError(f"phase {index} should have index {index} and start at step {step}, got {phase}")
             if phase.stop <= phase.start:
@@ -83,10 +87,16 @@ class Schedule:
         """
         if step < 0:
             raise ScheduleError(f"steps are counted from 0, got {step}")
-        return next((phase for phase in self.phases if step < phase.stop), self.phases[-1])
+        index = bisect_right(self.phases, step, key=lambda phase: phase.stop)
+        return self.phases[min(index, len(self.phases) - 1)]
 
     def scaled(self, steps_per_unit: int) -> "Schedule":
-        """Return the same schedule with every unit, such as an epoch, ``steps_per_unit`` optimizer steps long."""
+        """Return the same schedule with every unit, such as an epoch, ``steps_per_unit`` optimizer steps long.
+
+        Raises:
+            ScheduleError: If ``steps_per_unit`` is not a whole number of at least 1.
+        """
+        _check_steps({"steps_per_unit": steps_per_unit}, least=1)
         return phases((phase.steps * steps_per_unit, phase.sparsity) for phase in self.phases)
 
 
@@ -96,10 +106,21 @@ def check_sparsity(sparsity: float) -> float:
     Raises:
         ScheduleError: If it is outside [0, 1) or not a number.
     """
-    if not 0.0 <= sparsity < 1.0:
-        hint = f"; for {sparsity:g}% write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
+    if not isinstance(sparsity, Real):
+        raise ScheduleError(f"sparsity is a number, got {sparsity!r}")
+    if not 0 <= sparsity < 1:
+        hint = f"; for {sparsity:g}% write {sparsity / 100:g}" if 1 < sparsity < 100 else ""
+        hint = "; nothing would be left" if sparsity in (1, 100) else hint
         raise ScheduleError(f"sparsity is a fraction of zeros in [0, 1), got {sparsity!r}{hint}")
-    return sparsity
+    return float(sparsity)
+
+
+def _check_steps(given: Mapping[str, int], *, least: int = 0) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ScheduleError(f"{name} is a whole number of optimizer steps, got {value!r}")
+        if value < least:
+            raise ScheduleError(f"{name} needs to be at least {least}, got {value}")
 
 
 def phases(lengths: Iterable[tuple[int, float]]) -> Schedule:
@@ -117,8 +138,9 @@ def phases(lengths: Iterable[tuple[int, float]]) -> Schedule:
     made: list[Phase] = []
     start = 0
     for steps, sparsity in lengths:
-        made.append(Phase(len(made), start, start + steps, float(sparsity)))
-        start += steps
+        _check_steps({f"the length of phase {len(made)}": steps}, least=1)
+        made.append(Phase(len(made), start, start + int(steps), check_sparsity(sparsity)))
+        start = made[-1].stop
     return Schedule(tuple(made))
 
 
@@ -129,9 +151,16 @@ def constant(*, sparsity: float, total_steps: int, warmup_steps: int = 0) -> Sch
         sparsity: Fraction in [0, 1).
         total_steps: Length of the run in optimizer steps.
         warmup_steps: Dense steps before it.
+
+    Raises:
+        ScheduleError: If a length is negative, or the warm-up leaves no step.
     """
+    _check_steps({"total_steps": total_steps}, least=1)
+    _check_steps({"warmup_steps": warmup_steps})
+    if warmup_steps >= total_steps:
+        raise ScheduleError(f"warmup_steps = {warmup_steps} leaves nothing of total_steps = {total_steps}")
     warmup = [(warmup_steps, 0.0)] if warmup_steps else []
-    return phases([*warmup, (total_steps - warmup_steps, sparsity)])
+    return phases(_merged([*warmup, (total_steps - warmup_steps, sparsity)]))
 
 
 def alternating(
@@ -147,7 +176,8 @@ def alternating(
     """AC/DC: a dense warm-up, sparse and dense phases in turn, a longer dense phase, a longer sparse phase.
 
     What lies between the warm-up and the final dense phase begins and ends with a sparse phase. Steps that do not
-    fill a whole dense-sparse pair go to the final sparse phase.
+    fill a whole dense-sparse pair go to the final sparse phase. If not even one sparse phase fits between them,
+    the warm-up and the final dense phase are one.
 
     Args:
         sparsity: Fraction in [0, 1), or one for each sparse phase.
@@ -156,54 +186,53 @@ def alternating(
         sparse_steps: Length of each sparse phase between warm-up and final phases.
         dense_steps: Length of each dense phase between them.
         final_dense_steps: Length of the last dense phase.
-        final_sparse_steps: Least length of the last sparse phase; 0 ends the run dense.
+        final_sparse_steps: Least length of the last sparse phase; 0 ends the run dense, and the steps left over go
+            to the final dense phase.
 
     Raises:
-        ScheduleError: If a length is negative, the lengths do not fit into ``total_steps``, or ``sparsity`` holds
-            another number of values than there are sparse phases.
+        ScheduleError: If a length is negative, the lengths do not fit into ``total_steps``, no sparse phase fits, or
+            ``sparsity`` holds another number of values than there are sparse phases.
 
     Source: Peste et al., 2021, arXiv 2106.12379, section 3 and the published configurations.
     """
-    given = {
-        "total_steps": total_steps,
-        "warmup_steps": warmup_steps,
-        "sparse_steps": sparse_steps,
-        "dense_steps": dense_steps,
-        "final_dense_steps": final_dense_steps,
-        "final_sparse_steps": final_sparse_steps,
-    }
-    for name, value in given.items():
-        least = 1 if name in ("total_steps", "sparse_steps", "dense_steps", "final_dense_steps") else 0
-        if value < least:
-            raise ScheduleError(f"{name} needs to be at least {least}, got {value}")
+    _check_steps({"total_steps": total_steps, "final_dense_steps": final_dense_steps}, least=1)
+    _check_steps({"sparse_steps": sparse_steps, "dense_steps": dense_steps}, least=1)
+    _check_steps({"warmup_steps": warmup_steps, "final_sparse_steps": final_sparse_steps})
     middle = total_steps - warmup_steps - final_dense_steps - final_sparse_steps
     if middle < 0:
         raise ScheduleError(
             f"warmup_steps + final_dense_steps + final_sparse_steps = {total_steps - middle} is more than "
             f"total_steps = {total_steps}"
         )
-    lengths: list[int] = []  # of the middle: sparse, dense, sparse, ..., sparse
-    while sum(lengths) + (needed := sparse_steps if not lengths else dense_steps + sparse_steps) <= middle:
-        lengths += [needed] if not lengths else [dense_steps, sparse_steps]
-    remainder = middle - sum(lengths)
-    if not lengths:  # no sparse phase fits between: warm-up and final dense phase are one
-        tail = [(warmup_steps + final_dense_steps, False), (final_sparse_steps + remainder, True)]
+    between: list[tuple[int, bool]] = []  # lengths, and whether they are sparse
+    if middle >= sparse_steps:
+        pairs = (middle - sparse_steps) // (dense_steps + sparse_steps)
+        between = [(sparse_steps, True), *[(dense_steps, False), (sparse_steps, True)] * pairs]
+    remainder = middle - sum(steps for steps, _ in between)
+    if between:
+        lengths = [(warmup_steps, False), *between, (final_dense_steps, False)]
     else:
-        tail = [(warmup_steps, False), *((length, i % 2 == 0) for i, length in enumerate(lengths))]
-        tail += [(final_dense_steps, False), (final_sparse_steps + remainder, True)]
-    if not final_sparse_steps:  # ends dense: the remainder lengthens the dense end
-        tail[-2:] = [(tail[-2][0] + remainder, False)]
-    tail = [(length, is_sparse) for length, is_sparse in tail if length]
-    values = iter(_per_phase(sparsity, sum(is_sparse for _, is_sparse in tail)))
-    return phases([(length, next(values) if is_sparse else 0.0) for length, is_sparse in tail])
+        lengths = [(warmup_steps + final_dense_steps, False)]
+    if final_sparse_steps:
+        lengths.append((final_sparse_steps + remainder, True))
+    elif between:
+        lengths[-1] = (final_dense_steps + remainder, False)
+    else:
+        raise ScheduleError(
+            f"no sparse phase fits: final_sparse_steps is 0, and {middle} of total_steps = {total_steps} are left for "
+            f"sparse_steps = {sparse_steps}"
+        )
+    lengths = [(steps, is_sparse) for steps, is_sparse in lengths if steps]
+    values = iter(_per_phase(sparsity, sum(is_sparse for _, is_sparse in lengths)))
+    return phases((steps, next(values) if is_sparse else 0.0) for steps, is_sparse in lengths)
 
 
 def _per_phase(sparsity: float | Sequence[float], count: int) -> list[float]:
-    if isinstance(sparsity, (int, float)):
-        return [check_sparsity(float(sparsity))] * count
+    if not isinstance(sparsity, Sequence) or isinstance(sparsity, str):
+        return [check_sparsity(sparsity)] * count
     if len(sparsity) != count:
         raise ScheduleError(f"this schedule has {count} sparse phases, got {len(sparsity)} sparsities: {sparsity}")
-    return [check_sparsity(float(value)) for value in sparsity]
+    return [check_sparsity(value) for value in sparsity]
 
 
 def gradual(
@@ -234,22 +263,27 @@ def gradual(
         exponent: 3 is the cubic ramp of the source.
 
     Raises:
-        ScheduleError: If the steps are out of order.
+        ScheduleError: If the steps are out of order, or the sparsity would not rise.
 
     Source: Zhu & Gupta, 2017, arXiv 1710.01878, equation 1.
     """
-    if not 0 <= start_step < stop_step < total_steps or every_steps < 1:
+    _check_steps({"start_step": start_step, "stop_step": stop_step, "total_steps": total_steps})
+    _check_steps({"every_steps": every_steps}, least=1)
+    if not start_step < stop_step < total_steps:
         raise ScheduleError(
-            f"needs 0 <= start_step < stop_step < total_steps and every_steps >= 1, got start_step={start_step}, "
-            f"stop_step={stop_step}, total_steps={total_steps}, every_steps={every_steps}"
+            f"needs start_step < stop_step < total_steps, got start_step={start_step}, stop_step={stop_step}, "
+            f"total_steps={total_steps}"
         )
-    check_sparsity(sparsity)
-    check_sparsity(initial_sparsity)
+    if check_sparsity(initial_sparsity) > check_sparsity(sparsity):
+        raise ScheduleError(f"initial_sparsity = {initial_sparsity} is more than the final sparsity = {sparsity}")
+    if not 0 < exponent < math.inf:
+        raise ScheduleError(f"exponent needs to be positive and finite, got {exponent}")
     prunings = [*range(start_step, stop_step, every_steps), stop_step]
     lengths = [(start_step, 0.0)] if start_step else []
     for step, following in zip(prunings, [*prunings[1:], total_steps], strict=True):
         left = (1 - (step - start_step) / (stop_step - start_step)) ** exponent
-        lengths.append((following - step, sparsity + (initial_sparsity - sparsity) * left))
+        risen = max(initial_sparsity, sparsity - (sparsity - initial_sparsity) * left)
+        lengths.append((following - step, initial_sparsity if step == start_step else risen))
     return phases(_merged(lengths))
 
 
@@ -274,13 +308,14 @@ def periodic(*, sparsity: float, total_steps: int, every_steps: int, stop_step: 
         stop_step: No update at or after this step; by default until the end.
 
     Raises:
-        ScheduleError: If ``every_steps`` is less than 1 or ``total_steps`` less than 1.
+        ScheduleError: If ``every_steps`` or ``total_steps`` is less than 1, or ``stop_step`` is negative.
 
     Source: Evci et al., 2020, arXiv 1911.11134, section 3.
     """
-    if every_steps < 1 or total_steps < 1:
-        raise ScheduleError(f"needs every_steps >= 1 and total_steps >= 1, got {every_steps} and {total_steps}")
-    stop = total_steps if stop_step is None else min(stop_step, total_steps)
+    _check_steps({"every_steps": every_steps, "total_steps": total_steps}, least=1)
+    stop = total_steps if stop_step is None else stop_step
+    _check_steps({"stop_step": stop})
+    stop = min(stop, total_steps)
     starts = [0, *range(every_steps, stop, every_steps)]
     return phases([(b - a, sparsity) for a, b in zip(starts, [*starts[1:], total_steps], strict=True)])
 
@@ -319,8 +354,7 @@ def paper(name: str, *, sparsity: float, steps_per_epoch: int) -> Schedule:
     """
     if name not in _PAPER:
         raise ScheduleError(f"unknown schedule {name!r}; known: {', '.join(_PAPER)}{nearest(name, _PAPER)}")
-    if steps_per_epoch < 1:
-        raise ScheduleError(f"steps_per_epoch needs to be at least 1, got {steps_per_epoch}")
+    _check_steps({"steps_per_epoch": steps_per_epoch}, least=1)
     total, warmup, sparse, dense, final_dense, final_sparse = (n * steps_per_epoch for n in _PAPER[name])
     return alternating(
         sparsity=sparsity,
@@ -346,8 +380,10 @@ def in_steps(value: float, unit: str, *, steps_per_epoch: int, total_steps: int)
         total_steps: Optimizer steps of the run.
 
     Raises:
-        ScheduleError: If the unit is unknown, or the value is negative, not finite or not a whole number of steps.
+        ScheduleError: If the unit is unknown; if the value is negative, not finite, a fraction of more than 1 or not a
+            whole number of steps; or if a length that is not zero would be rounded to none.
     """
+    _check_steps({"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}, least=1)
     factors = {"steps": 1, "epochs": steps_per_epoch, "fractions": total_steps}
     if unit not in factors:
         raise ScheduleError(f"unknown unit {unit!r}; known: {', '.join(factors)}{nearest(unit, factors)}")
@@ -355,4 +391,9 @@ def in_steps(value: float, unit: str, *, steps_per_epoch: int, total_steps: int)
         raise ScheduleError(f"a length is finite and not negative, got {value!r} {unit}")
     if unit == "steps" and value != int(value):
         raise ScheduleError(f"a length in steps is a whole number, got {value!r}")
-    return round(value * factors[unit])
+    if unit == "fractions" and value > 1:
+        raise ScheduleError(f"a fraction of the run is at most 1, got {value!r}")
+    steps = round(value * factors[unit])
+    if value and not steps:
+        raise ScheduleError(f"{value!r} {unit} are less than half a step of {factors[unit]}; give it in steps, or 0")
+    return steps

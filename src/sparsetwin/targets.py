@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsetwin._compat import canonical_name
+from sparsetwin._compat import canonical_name, named_weights
 from sparsetwin.errors import TargetError, nearest
 
 Selector = str | type[nn.Module]
@@ -21,22 +21,35 @@ class Targets:
     """A choice of parameters.
 
     By default every ``weight`` of a linear or convolution layer is a target, unless an embedding shares it. A selector
-    is a parameter's name (``"fc.weight"``), a module's name (``"fc"``: its weight), a glob (``"layer1.*"``), a regular
-    expression that matches a whole parameter name (``"re:layer[12].*"``) or a module class (``nn.Conv2d``).
+    is one of
+
+    - a parameter's name (``"fc.weight"``), or a module's, which stands for its weight (``"fc"``);
+    - a glob over such names (``"layer1.*.conv2"``; ``"layer1.*"`` matches the biases and norms in there, too);
+    - ``re:`` and a regular expression that matches a whole parameter name (``"re:layer[12].*weight"``);
+    - a module class (``nn.Conv2d``), which stands for the weights of its instances.
+
     A parameter that goes by several names is chosen, or left out, by any of them, and is one target.
     """
 
     include: tuple[Selector, ...] = ()  # nothing means the default
     exclude: tuple[Selector, ...] = ()  # taken out of what is included
-    dense_first: bool = False  # leave out the first target, such as a network's stem
-    dense_last: bool = False  # leave out the last target, such as its classifier
+    dense_first: bool = False  # leave out the first of what is left, such as a network's stem
+    dense_last: bool = False  # leave out the last of what is left, such as its classifier
     dense_depthwise: bool = False  # leave out depthwise convolutions
+
+    def __post_init__(self) -> None:
+        for field, selectors in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(selectors, (str, type)):
+                raise TargetError(
+                    f"{field} is a tuple of selectors, got {selectors!r}; write a comma: ({selectors!r},)"
+                )
 
     def resolve(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the targets of a model by canonical name, in the order of its ``named_parameters()``.
 
         Raises:
-            TargetError: If a selector matches nothing, a target is frozen or not a float, or no target is left.
+            TargetError: If a selector matches nothing, a target is frozen, not a float, without elements or not yet
+                initialised, or no target is left.
         """
         uses = _uses(model)
         chosen = self._included(uses)
@@ -44,13 +57,10 @@ class Targets:
             chosen -= _match(selector, uses)
         if self.dense_depthwise:
             chosen -= {use.parameter for use in uses if _is_depthwise(use.module)}
-        order = {canonical_name(name, model): parameter for name, parameter in model.named_parameters()}
-        targets = {name: parameter for name, parameter in order.items() if parameter in chosen}
-        names = list(targets)
-        if self.dense_first:
-            del targets[names[0]]
-        if self.dense_last and names[-1] in targets:
-            del targets[names[-1]]
+        weights = named_weights(model)
+        names = [name for name, parameter in weights.items() if parameter in chosen]
+        left = names[int(self.dense_first) : len(names) - int(self.dense_last)]
+        targets = {name: weights[name] for name in left}
         _check(targets)
         return targets
 
@@ -107,7 +117,7 @@ def _name_matcher(selector: str) -> Callable[[str], bool]:
             raise TargetError(f"{selector!r} is not a regular expression: {error}") from error
         return lambda name: pattern.fullmatch(name) is not None
     if any(character in selector for character in "*?["):
-        return lambda name: fnmatch.fnmatchcase(name, selector)
+        return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in (selector, f"{selector}.weight"))
     return lambda name: name in (selector, f"{selector}.weight")
 
 
@@ -119,13 +129,15 @@ def _check(targets: dict[str, nn.Parameter]) -> None:
     if not targets:
         raise TargetError("no target is left after the exclusions")
     for name, parameter in targets.items():
-        if not parameter.requires_grad:
-            raise TargetError(f"{name} is frozen (requires_grad=False); unfreeze it or exclude it")
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise TargetError(f"{name} has no shape yet; run the lazy layer once on an input before choosing targets")
         if not parameter.dtype.is_floating_point:
             raise TargetError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be pruned")
+        if not parameter.requires_grad:
+            raise TargetError(f"{name} is frozen (requires_grad=False); unfreeze it or exclude it")
         if parameter.numel() == 0:
             raise TargetError(f"{name} has no elements; exclude it")
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (", ".join(names[:5]) or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,5 +1,6 @@
 """The command line: ``sparsetwin COMMAND``."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
 
 
 def _main_of(name: str) -> Callable[[Sequence[str]], int]:

@@ -1,9 +1,11 @@
 """What commands share: parsing a dataclass from arguments, printing for people and for programs."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
 from rich.console import Console
@@ -11,6 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 T = TypeVar("T")
+
+Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
+"""A flag that is off unless given."""
+RunPath: TypeAlias = Annotated[Path, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
+"""A run folder, by position."""
+DataPath: TypeAlias = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+"""A folder of data, or none."""
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
@@ -28,8 +37,16 @@ def parse(cls: type[T], arguments: Sequence[str], *, command: str, default: T | 
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object on a line of its own."""
-    print(json.dumps(values, sort_keys=True), flush=True)
+    """Print one JSON object on a line of its own; numbers that are not finite, which JSON lacks, become null."""
+    print(json.dumps(_finite(values), sort_keys=True, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

@@ -3,30 +3,33 @@
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
+from sparsetwin.checkpoint import Pair
 from sparsetwin.cli._call import print_json, print_table
 from sparsetwin.cli._progress import make_display
+from sparsetwin.errors import CheckpointError
 from sparsetwin.recipes import Recipe, build_run
 from sparsetwin.report import HEADINGS, cells, member_rows, read_run, verdict, write_report
 from sparsetwin.training import Event, Progress, Run, RunFolder
 from sparsetwin.training.loggers import Logger, make_logger
 
 STOPPED = 130
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class _ToLogger:
     """Hands events on to a logger."""
 
     def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+        self._logger = logger
 
     def event(self, event: Event) -> None:
         """Log an event."""
-        self.logger.log(event)
+        self._logger.log(event)
 
     def progress(self, progress: Progress) -> None:
         """Positions are not logged."""
@@ -49,37 +52,57 @@ def execute(
         The exit code.
     """
     run = build_run(recipe, folder, data=data)
-    if run.is_finished:
-        run.pair.verify()
-        print(f"{folder.path} is finished; its pair is intact: {folder.pair}")
-        return conclude(folder, as_json=as_json)
-    display = make_display(quiet=quiet)
-    attached = [_ToLogger(make_logger(name, folder.path)) for name in loggers]
-    run.listen([*([display] if display else []), *attached])
-    try:
-        with _stop_on_signal(run):
-            finished = run.execute()
-    finally:
+    with ExitStack() as stack:
+        for name in loggers:
+            logger = make_logger(name, folder.path)
+            stack.callback(logger.close)
+            run.listen([_ToLogger(logger)])
+        display = make_display(quiet=quiet)
         if display:
-            display.close()
-        for listener in attached:
-            listener.logger.close()
+            stack.callback(display.close)
+            run.listen([display])
+        try:
+            with _stop_on_signal(run):
+                finished = run.execute()
+        except KeyboardInterrupt:
+            if folder.is_untrained:
+                raise
+            print(
+                f"interrupted; continue from the last checkpoint with: sparsetwin resume {folder.path}", file=sys.stderr
+            )
+            return STOPPED
     if not finished:
-        print(f"\nstopped and saved; continue with: sparsetwin resume {folder.path}", file=sys.stderr)
+        print(f"stopped and saved; continue with: sparsetwin resume {folder.path}", file=sys.stderr)
+        if as_json:
+            print_json({"run": str(folder.path), "finished": False})
         return STOPPED
+    write_report([folder.path], folder.report)
     return conclude(folder, as_json=as_json)
 
 
+def verify(folder: RunFolder) -> None:
+    """Check that a finished run still has every member that it tested, as it was saved.
+
+    Raises:
+        CheckpointError: Naming the members that are missing or not the ones that were saved.
+    """
+    pair = Pair(folder.pair)
+    pair.verify()
+    final = read_run(folder.path).final
+    missing = sorted(set(final.members if final else ()) - set(pair.members))
+    if missing:
+        raise CheckpointError(f"{folder.pair} lacks members of the finished run: {', '.join(missing)}")
+
+
 def conclude(folder: RunFolder, *, as_json: bool) -> int:
-    """Print the closing table and write the report of a finished run."""
+    """Print the closing table of a finished run."""
     told = read_run(folder.path)
-    write_report([folder.path], folder.report)
     rows = member_rows(told)
     print_table(HEADINGS, [cells(row) for row in rows])
     print(verdict(told))
     print(f"pair: {folder.pair}\nreport: {folder.report}")
     if as_json:
-        print_json({"run": str(folder.path), "members": {row.name: _plain(row) for row in rows}})
+        print_json({"run": str(folder.path), "finished": True, "members": {row.name: _plain(row) for row in rows}})
     return 0
 
 
@@ -93,7 +116,7 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         for signum in previous:
-            signal.signal(signum, previous[signum])
+            signal.signal(signum, signal.default_int_handler)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         run.request_stop()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsetwin import __version__
-from sparsetwin.cli._call import parse, print_json, print_table
+from sparsetwin.cli._call import Switch, parse, print_json, print_table
 
 _OPTIONAL = {
     "pyarrow": ("data", "CIFAR and ImageNet from Parquet"),
@@ -31,7 +31,7 @@ _FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16",
 class Doctor:
     """Show versions, processor, GPUs and optional packages."""
 
-    json: bool = False
+    json: Switch = False
     """End with one JSON object on the last line."""
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsetwin.cli._call import parse, print_json, print_table
+from sparsetwin.cli._call import Switch, parse, print_json, print_table
 from sparsetwin.methods import METHODS
 
 
@@ -12,7 +12,7 @@ from sparsetwin.methods import METHODS
 class Methods:
     """List the sparse-training methods."""
 
-    json: bool = False
+    json: Switch = False
     """End with one JSON object on the last line."""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsetwin.cli._call import parse, print_json, print_table
+from sparsetwin.cli._call import Switch, parse, print_json, print_table
 from sparsetwin.recipes import RECIPES
 
 
@@ -11,14 +11,14 @@ from sparsetwin.recipes import RECIPES
 class Recipes:
     """List the recipes."""
 
-    json: bool = False
+    json: Switch = False
     """End with one JSON object on the last line."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
     args = parse(Recipes, arguments, command="recipes")
-    summaries = {name: (make.__doc__ or "").strip().splitlines()[0] for name, make in RECIPES.items()}
+    summaries = {name: (make.__doc__ or "").strip().splitlines()[0].replace("``", "") for name, make in RECIPES.items()}
     if args.json:
         print_json({"recipes": {name: make().plain() for name, make in RECIPES.items()}})
         return 0

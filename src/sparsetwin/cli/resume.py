@@ -1,18 +1,18 @@
 """``sparsetwin resume RUN``."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
-from sparsetwin.cli._call import parse
-from sparsetwin.cli._running import execute
-from sparsetwin.errors import CheckpointError
-from sparsetwin.recipes import Recipe, recipe_from_plain
-from sparsetwin.training import RunFolder
+from sparsetwin.cli._call import DataPath, RunPath, Switch, parse
+from sparsetwin.cli._description import read_description
+from sparsetwin.cli._running import LoggerName, conclude, execute, verify
+from sparsetwin.report import write_report
+from sparsetwin.training import RunFolder, choose_device
+from sparsetwin.training.environment import machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +22,15 @@ class Resume:
     A finished run is verified and left as it is.
     """
 
-    folder: tyro.conf.Positional[Path]
-    """Run folder, as ``sparsetwin train`` wrote it."""
-    data: Path | None = None
+    folder: RunPath
+    """Run folder, as sparsetwin train wrote it."""
+    data: DataPath = None
     """Folder of the data set, if it moved."""
-    logger: tuple[str, ...] = ()
-    """Further loggers: tensorboard, wandb, mlflow."""
-    quiet: bool = False
+    logger: tuple[LoggerName, ...] = ()
+    """Further loggers."""
+    quiet: Switch = False
     """Show no progress."""
-    json: bool = False
+    json: Switch = False
     """End with one JSON object on the last line."""
 
 
@@ -38,31 +38,32 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command."""
     args = parse(Resume, arguments, command="resume")
     folder = RunFolder(args.folder)
-    recipe, described = read_description(folder)
-    torch.set_num_threads(described["threads"])
+    described = read_description(folder)
+    if folder.is_finished:
+        verify(folder)
+        print(f"{folder.path} is finished; its pair is intact: {folder.pair}")
+        if not folder.report.exists():  # it was killed between the last line and the page
+            write_report([folder.path], folder.report)
+        return conclude(folder, as_json=args.json)
+    torch.set_num_threads(described.threads)
+    _warn_of_other_surroundings(described.plain, device=choose_device(described.recipe.device))
     return execute(
-        recipe,
+        described.recipe,
         folder,
-        data=args.data or data_folder(described),
+        data=args.data or described.data,
         loggers=args.logger,
         quiet=args.quiet,
         as_json=args.json,
     )
 
 
-def read_description(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe and everything else that ``run.json`` holds.
-
-    Raises:
-        CheckpointError: If there is no run, or its description lacks something.
-    """
-    described = folder.read()
-    for key in ("config", "threads", "recipe"):
-        if key not in described:
-            raise CheckpointError(f"{folder.description} lacks {key!r}")
-    return recipe_from_plain(described["config"]), described
-
-
-def data_folder(described: dict[str, Any]) -> Path | None:
-    """Return the data folder that a run was trained from."""
-    return Path(described["data"]) if described.get("data") else None
+def _warn_of_other_surroundings(plain: Mapping[str, Any], *, device: torch.device) -> None:
+    """Say so if the rest of the run cannot be expected to have the same bits."""
+    then = {**plain.get("versions", {}), **plain.get("machine", {})}
+    now = {**versions(), **machine(device)}
+    changed = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in sorted({*then, *now})
+               if then.get(name) != now.get(name)]  # fmt: skip
+    if changed:
+        warnings.warn(
+            f"the run goes on, but not to the same bits as if it had not stopped: {'; '.join(changed)}", stacklevel=2
+        )

@@ -1,6 +1,5 @@
 """``sparsetwin train [RECIPE]``."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,76 +8,53 @@ from typing import Annotated
 import torch
 import tyro
 
-from sparsetwin.cli._call import parse
-from sparsetwin.cli._running import execute
-from sparsetwin.errors import SparsetwinError
-from sparsetwin.recipes import Recipe, describe, find_recipe
+from sparsetwin.cli._call import DataPath, Switch, parse
+from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
+from sparsetwin.cli._running import LoggerName, execute
+from sparsetwin.recipes import Recipe, check_recipe, describe, find_recipe, recipe_from_plain
 from sparsetwin.training import RunFolder, choose_device
 from sparsetwin.training.environment import command_line
-
-_SHORT = {
-    "--dense-finetune": "--train.dense-finetune",
-    "--no-dense-finetune": "--train.no-dense-finetune",
-    "--epochs": "--train.epochs",
-    "--sparsity": "--schedule.sparsity",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a dense network and its sparse twin from a recipe.
 
-    The recipe's name, or package.module:function of your own, stands first; digits is the default.
-    Every field of it can be overridden. --epochs, --sparsity and --dense-finetune are short for
+    The recipe's name, or package.module:function of your own, stands first: sparsetwin train RECIPE [OPTIONS].
+    digits is the default, and sparsetwin recipes lists them. Every field of a recipe can be overridden; the options
+    and defaults below are those of the recipe that is named. --epochs, --sparsity and --dense-finetune are short for
     --train.epochs, --schedule.sparsity and --train.dense-finetune.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    data: Path | None = None
+    data: DataPath = None
     """Folder of the data set, if the recipe needs one."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder to make; runs/RECIPE by default."""
-    logger: tuple[str, ...] = ()
-    """Further loggers: tensorboard, wandb, mlflow."""
-    quiet: bool = False
+    logger: tuple[LoggerName, ...] = ()
+    """Further loggers."""
+    quiet: Switch = False
     """Show no progress."""
-    json: bool = False
+    json: Switch = False
     """End with one JSON object on the last line."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command."""
-    name, rest = _recipe_name(arguments)
-    args = parse(Train, [_long(arg) for arg in rest], command="train", default=Train(recipe=find_recipe(name)))
-    recipe = args.recipe
+    given, rest = split_name(arguments)
+    name = given or "digits"
+    default = find_recipe(name)
+    args = parse(Train, long_flags(rest), command=f"train {name}", default=Train(recipe=default))
+    recipe = recipe_from_plain(overridden(args.recipe, default=default).plain())  # as `resume` will read it
+    check_recipe(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = RunFolder(args.out or Path("runs") / name.replace(":", "-"))
-    existed = folder.path.exists()
     described = describe(recipe, name=name, data=args.data, command=command_line(), device=choose_device(recipe.device))
-    folder.create(described)
+    made = folder.create(described)
     try:
         return execute(recipe, folder, data=args.data, loggers=args.logger, quiet=args.quiet, as_json=args.json)
-    except SparsetwinError:
-        _leave_no_trace(folder, existed=existed)
+    except BaseException:
+        if folder.is_untrained:  # the corrected command shall find the folder as this one did
+            folder.discard(made)
         raise
-
-
-def _recipe_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], list(arguments[1:])
-    return "digits", list(arguments)
-
-
-def _long(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    return _SHORT.get(flag, flag) + equals + value
-
-
-def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
-    """Remove a run folder in which nothing was trained, so that the corrected command can be given again."""
-    if folder.metrics.exists() or folder.checkpoints.exists():
-        return
-    folder.description.unlink(missing_ok=True)
-    if not existed:
-        shutil.rmtree(folder.path, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What a sparse-training method is: one rule that says which weights live in a phase."""
 
 import dataclasses
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.schedules import Phase, Schedule
@@ -51,7 +53,7 @@ class Method(ABC):
             state: Weights, and the masks of the phase that ends.
 
         Returns:
-            Canonical name -> bool mask, one for every target, or nothing.
+            Canonical name -> bool mask, one for every target, or nothing; in a dense phase nothing.
         """
 
     def check(self, state: SparseState) -> None:
@@ -62,10 +64,13 @@ class Method(ABC):
         """
 
     def before_update(self, state: SparseState) -> None:
-        """Run between backward and the optimizer's update, after gradients were masked."""
+        """Run once a step, between backward and the first optimizer's update, after gradients were masked.
+
+        A step that a GradScaler skips has neither this nor `after_update`.
+        """
 
     def after_update(self, state: SparseState) -> None:
-        """Run after the optimizer's update, before weights are masked."""
+        """Run once a step, after the last optimizer's update, before weights are masked."""
 
     def project(self, name: str, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the weight as the phase allows it; by default what the mask keeps.
@@ -82,19 +87,34 @@ class Method(ABC):
         return "none"
 
     def config(self) -> dict[str, Any]:
-        """Return the method as plain data: its name, and every field."""
+        """Return the method as plain data: its name, and every field; a schedule as [start, stop, sparsity] per phase.
+
+        Raises:
+            ConfigError: If a field holds what is no plain data.
+        """
         return {
             "name": type(self).__name__,
-            **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+            **{f.name: _plain(getattr(self, f.name), f.name) for f in dataclasses.fields(self)},
         }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object, field: str) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):  # numpy's too, which torch.load(weights_only=True) refuses
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     if isinstance(value, Schedule):
-        return [[phase.start, phase.stop, phase.sparsity] for phase in value.phases]
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [[int(phase.start), int(phase.stop), float(phase.sparsity)] for phase in value.phases]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name), field) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, field) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value
+        return [_plain(item, field) for item in value]
+    raise ConfigError(
+        f"{field} holds a {type(value).__name__}, which cannot be saved; expected numbers, strings, None, dataclasses, "
+        "mappings or sequences of them"
+    )

@@ -1,9 +1,10 @@
 """AC/DC: alternating compressed/decompressed training."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from sparsetwin.distributions import Distribution, Global, check_budgets
-from sparsetwin.errors import ScheduleError
+from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Method, SparseState
 from sparsetwin.optimizer_state import ResetScope
@@ -21,6 +22,9 @@ class ACDC(Method):
     the others become zero; the mask holds for the phase. On entering a dense phase every weight is free again: the
     pruned ones start from zero, and the optimizer's state goes back to its initial values, since it is stale for them.
 
+    Raises:
+        ConfigError: If a field has a value that is none of its own.
+
     Source: Peste, Iofinova, Vladu & Alistarh, 2021, arXiv 2106.12379, algorithm 1.
     """
 
@@ -37,8 +41,15 @@ class ACDC(Method):
 
     def __post_init__(self) -> None:
         score_named(self.score)
+        if not isinstance(self.distribution, Distribution) or not isinstance(self.pattern, Pattern):
+            raise ConfigError(
+                "expected a distribution such as Global() or Uniform() and a pattern such as Unstructured(), "
+                f"got {self.distribution!r} and {self.pattern!r}"
+            )
+        if self.reset not in get_args(ResetScope):
+            raise ConfigError(f"reset is one of {', '.join(get_args(ResetScope))}, got {self.reset!r}")
         if self.minimum_kept < 1:
-            raise ScheduleError(
+            raise ConfigError(
                 f"minimum_kept is at least 1, since an empty layer stops training; got {self.minimum_kept}"
             )
 

@@ -1,6 +1,5 @@
 """From a recipe to a run: data, model, method."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from sparsetwin.data import Splits
 from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.models import MODELS
+from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
 from sparsetwin.training import (
     Listener,
@@ -19,36 +19,59 @@ from sparsetwin.training import (
     Run,
     RunFolder,
     RunParts,
+    branch_step,
     choose_device,
     make_deterministic,
 )
 from sparsetwin.training.environment import git_commit, machine, versions
 
+_OUTPUTS = ("num_classes", "vocabulary")  # parameters that are set to the number of classes unless they are given
+_ANY_STEPS = 10**6  # of an epoch, to look at a schedule before the data are known
 
-def import_object(reference: str) -> Any:
-    """Return what ``package.module:name`` refers to.
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse, before any data are read, what can be seen to be wrong without them.
 
     Raises:
-        ConfigError: If it is not of that form, or there is no such module or name.
+        SparsetwinError: If the model, an option of it or the schedule cannot be had as asked.
     """
-    module_name, _, name = reference.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"expected package.module:name, got {reference!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"cannot import {module_name!r} of {reference!r}: {error}") from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{module_name} has no {name!r}{nearest(name, dir(module))}")
-    return getattr(module, name)
+    _constructor(recipe.model)
+    in_steps = recipe.schedule.unit == "steps" and recipe.schedule.paper is None and recipe.method.name != "dense"
+    if not in_steps:  # lengths in steps mean something only when the steps of an epoch are known
+        method = recipe.method.build(recipe.schedule, steps_per_epoch=_ANY_STEPS, epochs=recipe.train.epochs)
+        if recipe.train.dense_finetune:
+            branch_step(method.schedule)
 
 
 def model_factory(settings: ModelSettings, splits: Splits, device: torch.device) -> Callable[[], nn.Module]:
     """Return a function that builds the model on the device, its outputs as many as the data have classes.
 
     Raises:
-        ConfigError: If the model or an option is unknown.
+        ConfigError: If the model or an option is unknown, or an option is missing.
     """
+    constructor, accepted = _constructor(settings)
+    options = dict(settings.options)
+    for outputs in _OUTPUTS:
+        if outputs in accepted:
+            options.setdefault(outputs, splits.classes)
+    for option, parameter in accepted.items():
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_named and parameter.default is parameter.empty and option not in options:
+            raise ConfigError(f"{settings.name} needs the option {option!r}: --model.options {option}=VALUE")
+
+    def make() -> nn.Module:
+        model = constructor(**options)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{settings.name} returned a {type(model).__name__}, not a torch.nn.Module")
+        if not any(True for _ in model.parameters()):
+            raise ConfigError(f"{settings.name} has no parameters to train")
+        return model.to(device)
+
+    return make
+
+
+def _constructor(settings: ModelSettings) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
+    """Return what builds a network, and the parameters that it takes."""
     if ":" in settings.name:
         constructor = import_object(settings.name)
     elif settings.name in MODELS:
@@ -58,23 +81,20 @@ def model_factory(settings: ModelSettings, splits: Splits, device: torch.device)
             f"unknown model {settings.name!r}; known: {', '.join(MODELS)}, or module:callable"
             f"{nearest(settings.name, MODELS)}"
         )
-    accepted = inspect.signature(constructor).parameters
-    options = dict(settings.options)
-    for outputs in ("num_classes", "vocabulary"):
-        if outputs in accepted:
-            options.setdefault(outputs, splits.classes)
+    if not callable(constructor):
+        raise ConfigError(f"{settings.name} is a {type(constructor).__name__}, which cannot be called to build a model")
+    try:
+        accepted = inspect.signature(constructor).parameters
+    except ValueError as error:
+        raise ConfigError(f"{settings.name} does not tell its parameters; wrap it in a function") from error
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
-        for option in options:
+        for option in settings.options:
             if option not in accepted:
-                raise ConfigError(f"{settings.name} has no option {option!r}{nearest(option, accepted)}")
-
-    def make() -> nn.Module:
-        model = constructor(**options)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"{settings.name} returned a {type(model).__name__}, not a torch.nn.Module")
-        return model.to(device)
-
-    return make
+                raise ConfigError(
+                    f"{settings.name} has no option {option!r}; it has: {', '.join(accepted) or 'none'}"
+                    f"{nearest(option, accepted)}"
+                )
+    return constructor, accepted
 
 
 def build_run(recipe: Recipe, folder: RunFolder, *, data: Path | None, listeners: Sequence[Listener] = ()) -> Run:

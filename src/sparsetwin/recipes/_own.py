@@ -1,7 +1,8 @@
 """Recipes of our own: small ones to begin with."""
 
 from sparsetwin.data import CharText, Digits
-from sparsetwin.recipes._recipe import ModelSettings, Recipe, ScheduleSettings, TargetSettings
+from sparsetwin.recipes._recipe import ModelSettings, Recipe, TargetSettings
+from sparsetwin.recipes._schedule import ScheduleSettings
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, TrainSettings
 
 

@@ -4,7 +4,8 @@ Source of all: Peste et al., 2021, arXiv 2106.12379, and its published configura
 """
 
 from sparsetwin.data import Cifar10, Cifar100, ImageNet
-from sparsetwin.recipes._recipe import ModelSettings, Recipe, ScheduleSettings
+from sparsetwin.recipes._recipe import ModelSettings, Recipe
+from sparsetwin.recipes._schedule import ScheduleSettings
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, TrainSettings
 
 

@@ -1,19 +1,18 @@
 """What a recipe is: the whole configuration of a run as one frozen dataclass, to plain data and back."""
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sparsetwin.data import SOURCES, DataSource
 from sparsetwin.distributions import Distribution, Global, Uniform
-from sparsetwin.errors import ConfigError, nearest
+from sparsetwin.errors import ConfigError
 from sparsetwin.methods import ACDC, Dense, Method
 from sparsetwin.optimizer_state import ResetScope
-from sparsetwin.schedules import Schedule, alternating, constant, in_steps, paper, phases
+from sparsetwin.recipes._named_values import NAMED_VALUES
+from sparsetwin.recipes._plain import from_plain, to_plain
+from sparsetwin.recipes._schedule import ScheduleSettings
+from sparsetwin.schedules import constant
 from sparsetwin.targets import Targets
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, TrainSettings
 
@@ -23,69 +22,9 @@ class ModelSettings:
     """Which network."""
 
     name: str
-    """A reference network's name, or ``module:callable`` of your own."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the network's constructor, as Python literals."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings:
-    """Lengths of the phases, in one unit; the schedule is built when the number of steps is known."""
-
-    sparsity: float = 0.9
-    """Fraction of the target weights that is zero in sparse phases."""
-    paper: str | None = None
-    """A published schedule by name, such as imagenet-100; the lengths below are then unused."""
-    unit: Literal["epochs", "steps", "fractions"] = "epochs"
-    """Unit of the lengths."""
-    warmup: float = 10
-    """Dense start."""
-    sparse: float = 20
-    """Each sparse phase but the last."""
-    dense: float = 20
-    """Each dense phase between them."""
-    final_dense: float = 20
-    """The last dense phase."""
-    final_sparse: float = 30
-    """The last sparse phase, at least."""
-    phases: tuple[tuple[float, float], ...] = ()
-    """Explicit phases as (length, sparsity) instead; 0 is dense."""
-
-    def build(self, *, steps_per_epoch: int, epochs: int) -> Schedule:
-        """Return the AC/DC schedule of a run.
-
-        Args:
-            steps_per_epoch: Optimizer steps of one epoch.
-            epochs: Length of the run.
-
-        Raises:
-            ScheduleError: If the lengths do not fit the run.
-        """
-        total = steps_per_epoch * epochs
-
-        def steps(length: float) -> int:
-            return in_steps(length, self.unit, steps_per_epoch=steps_per_epoch, total_steps=total)
-
-        if self.paper is not None:
-            made = paper(self.paper, sparsity=self.sparsity, steps_per_epoch=steps_per_epoch)
-        elif self.phases:
-            made = phases((steps(length), sparsity) for length, sparsity in self.phases)
-        else:
-            return alternating(
-                sparsity=self.sparsity,
-                total_steps=total,
-                warmup_steps=steps(self.warmup),
-                sparse_steps=steps(self.sparse),
-                dense_steps=steps(self.dense),
-                final_dense_steps=steps(self.final_dense),
-                final_sparse_steps=steps(self.final_sparse),
-            )
-        if made.total_steps != total:
-            raise ConfigError(
-                f"the schedule has {made.total_steps} steps ({made.total_steps / steps_per_epoch:g} epochs), the run "
-                f"{total} ({epochs} epochs); set --train.epochs to match"
-            )
-        return made
+    """A reference network's name, or module:callable of your own."""
+    options: Annotated[dict[str, Any], NAMED_VALUES] = field(default_factory=dict)
+    """Arguments of the network's constructor, such as: dropout=0.3 width=64. Those not given stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +92,13 @@ class Recipe:
     threads: int = 0
     """CPU threads; 0 takes torch's choice. Results are equal to the bit only for equal threads."""
 
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ConfigError(f"threads needs to be 0 (torch's choice) or more, got {self.threads}")
+
     def plain(self) -> dict[str, Any]:
         """Return the recipe as JSON-able data; `recipe_from_plain` reads it back."""
-        data: dict[str, Any] = _to_plain(self)
+        data: dict[str, Any] = to_plain(self, known=_CLASSES, where="recipe")
         return data
 
 
@@ -168,52 +111,14 @@ _CLASSES: dict[str, type] = {
 }  # fmt: skip
 
 
-def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
+def recipe_from_plain(data: Any) -> Recipe:
     """Return the recipe that `Recipe.plain` wrote.
 
+    Args:
+        data: Plain data, as ``run.json`` holds it.
+
     Raises:
-        ConfigError: If a class or a field is unknown or missing.
+        ConfigError: If a class or a field is unknown or missing, or a value is of another type.
     """
-    recipe = _from_plain(data, Recipe)
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(f"expected a Recipe, got {data.get('type')!r}")
+    recipe: Recipe = from_plain(data, Recipe, known=_CLASSES, where="config")
     return recipe
-
-
-def _to_plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, (tuple, list)):
-        return [_to_plain(item) for item in value]
-    return value if isinstance(value, (dict, str, int, float, bool, type(None))) else str(value)
-
-
-def _from_plain(data: Any, annotation: Any) -> Any:
-    if isinstance(data, Mapping) and "type" in data:
-        name = data["type"]
-        if name not in _CLASSES:
-            raise ConfigError(f"unknown configuration class {name!r}{nearest(str(name), _CLASSES)}")
-        cls = _CLASSES[name]
-        hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = set(data) - known - {"type"}
-        missing = known - set(data)
-        if unknown or missing:
-            raise ConfigError(f"{name}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
-        return cls(**{key: _from_plain(value, hints[key]) for key, value in data.items() if key != "type"})
-    if isinstance(data, list):
-        return _tuple_of(data, annotation)
-    if isinstance(data, str) and _is_path(annotation):
-        return Path(data)
-    return data
-
-
-def _tuple_of(data: list[Any], annotation: Any) -> Any:
-    inner = next((arg for arg in typing.get_args(annotation) if arg is not Ellipsis), Any)
-    return tuple(_from_plain(item, inner) for item in data)
-
-
-def _is_path(annotation: Any) -> bool:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return any(getattr(option, "__name__", "") == "Path" for option in options)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sparsetwin.errors import ConfigError, nearest
-from sparsetwin.recipes._build import import_object
+from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._own import charlm_gpt, digits
 from sparsetwin.recipes._published import cifar10_resnet20, cifar100_wrn28_10, imagenet_mobilenetv1, imagenet_resnet50
 from sparsetwin.recipes._recipe import Recipe
@@ -26,7 +26,10 @@ def find_recipe(name: str) -> Recipe:
         ConfigError: If there is none, or the function returns something else.
     """
     if ":" in name:
-        recipe = import_object(name)()
+        make = import_object(name)
+        if not callable(make):
+            raise ConfigError(f"{name} is a {type(make).__name__}; expected a function that returns a Recipe")
+        recipe = make()
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{name} returned a {type(recipe).__name__}, not a sparsetwin.recipes.Recipe")
         return recipe

@@ -1,26 +1,31 @@
 """`Sparsifier`: binds a method to weights and an optimizer; all mutable state of sparse training."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsetwin._compat import is_capturing, local
+from sparsetwin._compat import is_capturing
 from sparsetwin.errors import SparsityWarning, TargetError, UsageError
-from sparsetwin.masking import Masks, count_kept, expand_bits, keep_
+from sparsetwin.masking import Masks, count_kept
 from sparsetwin.methods import Method, SparseState
 from sparsetwin.metrics import LayerSparsity, sparsity_table
 from sparsetwin.optimizer_state import restore_initial_state_
 from sparsetwin.schedules import Phase
-from sparsetwin.sparsifier._hooks import StepHooks, refuse_unsupported
+from sparsetwin.sparsifier._hooks import StepHooks, refuse_sharded, refuse_unsupported
+from sparsetwin.sparsifier._masks import MaskWords, are_finite, check_masks, warn_of_thin_layers
 from sparsetwin.sparsifier._state import dump_state, read_state
 from sparsetwin.targets import Targets
 
 PhaseEvent = Literal["leave", "enter"]
+"""What happens to a phase when its callback is called."""
+
 PhaseCallback = Callable[[PhaseEvent, Phase], None]
+"""Called with ``"leave"`` and the phase that ends, then with ``"enter"`` and the phase that has begun."""
 
 
 class Sparsifier:
@@ -38,15 +43,16 @@ class Sparsifier:
 
     Args:
         method: What to do; holds the schedule.
-        model: The model as it is trained: wrapped and sharded already, if it is to be.
-        optimizer: One, or a sequence; the steps of the last one are counted.
+        model: The model as it is trained: on its device, and wrapped already, if it is to be.
+        optimizer: One, or a sequence; the steps of the last one are counted, so it has to step last.
         targets: Which parameters may be pruned; by default every linear and convolution weight.
         seed: For methods that draw.
 
     Raises:
-        TargetError: If a selector matches nothing, a target is frozen or belongs to no optimizer.
+        TargetError: If a selector matches nothing, a target is frozen or belongs to no optimizer or to two.
         SelectionError: If some phase would leave a layer without weights.
-        UsageError: For optimizers and shardings that cannot be served.
+        ConfigError: If the method holds a value that cannot be saved.
+        UsageError: For models and optimizers that cannot be served.
     """
 
     def __init__(
@@ -58,6 +64,9 @@ class Sparsifier:
         targets: Targets | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(method, Method) or not isinstance(model, nn.Module):
+            given = f"{type(method).__name__} and {type(model).__name__}"
+            raise UsageError(f"expected a method, a model and an optimizer in this order, got {given} first")
         self.method = method
         self._model = model
         self._targets = targets or Targets()
@@ -65,19 +74,28 @@ class Sparsifier:
         refuse_unsupported(model, optimizers)
         weights = self._targets.resolve(model)
         self._state = SparseState(weights=weights, generator=torch.Generator().manual_seed(seed))
-        method.check(self._state)
         self._steps = 0
         self._begun = -1  # the step for which begin_step() was called last
         self._phase: Phase | None = None
         self._pending: Phase | None = None  # to be entered once gradients exist
-        self._bits: dict[str, Tensor] = {}  # masks as wide as the weights; kept between phases, since graphs hold them
+        self._is_updating = False  # whether an optimizer has updated in this step
+        self._words = MaskWords()
         self._callbacks: list[PhaseCallback] = []
         self._hooks = StepHooks(optimizers, before=self._before_update, after=self._after_update)
-        try:
-            self._owned = self._hooks.owners(weights)
-        except TargetError:
-            self._hooks.remove()
-            raise
+        self._owned = self._hooks.owners(weights)
+        self._check_method()
+        self._hooks.attach(weights)
+
+    def _check_method(self) -> None:
+        """Refuse now what could only fail in the middle of training."""
+        phases = self.method.schedule.phases
+        self.method.config()
+        if any(phase.is_sparse for phase in phases):
+            refuse_sharded(self._state.weights)
+        self.method.check(self._state)
+        if any(self.method.reset_scope(left, entered) != "none" for left, entered in pairwise(phases)):
+            for optimizer in self._hooks.optimizers:
+                restore_initial_state_(optimizer, [])  # of no parameter: refuses what cannot be restored
 
     # What is so
 
@@ -122,29 +140,41 @@ class Sparsifier:
     # What a training loop calls
 
     def begin_step(self) -> None:
-        """Enter the phase of the coming step. Call it before each forward pass; calling it again changes nothing."""
+        """Enter the phase of the coming step. Call it before each forward pass; calling it again changes nothing.
+
+        Raises:
+            TargetError: If the targets are no longer those attached to, when a phase begins.
+            SelectionError: If no mask can be chosen, for example because a weight is NaN.
+            UsageError: After `detach`.
+        """
         if self._begun == self._steps:
             return
+        if not self._hooks.are_attached:
+            raise UsageError("begin_step() was called after detach(); make a new Sparsifier to train on")
+        phase = self.method.schedule.at(self._steps)
+        self._pending = phase if phase != self._phase else None
+        self._is_updating = False
+        if self._pending is not None and not self.method.needs_gradients:
+            self._enter(self._pending)
+        self._begun = self._steps
         if self._steps == self.method.schedule.total_steps:
             warnings.warn(
                 f"the schedule ended after {self._steps} steps; its last phase holds from here on",
                 SparsityWarning,
                 stacklevel=2,
             )
-        phase = self.method.schedule.at(self._steps)
-        self._begun = self._steps
-        if phase != self._phase:
-            if self.method.needs_gradients:
-                self._pending = phase
-            else:
-                self._enter(phase)
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero now, so that clipping by norm sees only those of kept weights.
 
         Call it between backward and ``clip_grad_norm_``, after ``scaler.unscale_``. In dense phases it does nothing.
         """
-        self._mask_gradients(self._bits_in_force())
+        if self._pending is not None and are_finite(self._state.gradients.values()):
+            self._enter(
+                self._pending
+            )  # a method that needs gradients needs them as they are, neither masked nor clipped
+        if self._pending is None:
+            self._mask_gradients(self.masks)
 
     def step_done(self, *, skipped: bool = False) -> None:
         """Do what the hooks do after an update, where none fires: a replayed CUDA graph of the whole step.
@@ -157,7 +187,7 @@ class Sparsifier:
         """
         if self._begun != self._steps:
             raise UsageError("step_done() needs begin_step() before it, and an optimizer step that no hook has counted")
-        self._mask_weights(self._bits_in_force())
+        self._mask_weights(self.masks)
         self._steps += not skipped
 
     def on_phase(self, callback: PhaseCallback) -> None:
@@ -178,38 +208,42 @@ class Sparsifier:
         return dump_state(self.method, self._state, steps=self._steps, phase=self._phase)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; load the model and the optimizer before.
+        """Load what `state_dict` returned; load the model and the optimizer before. No phase callback is called.
 
         Raises:
             StateError: If it is of another method, schedule or model (the differing field is named), or the model's
-                pruned weights are not zero, which shows that the model was not loaded first.
+                pruned weights are not zero, which shows that the model was not loaded first. Nothing is changed then.
         """
         loaded = read_state(state, self.method, self._resolved())
-        self._state.masks, self._state.buffers = loaded.masks, loaded.buffers
         if loaded.generator_state is not None:
             self._state.generator.set_state(loaded.generator_state)
-        self._steps, self._begun, self._pending = loaded.steps, -1, None
-        self._phase = self.method.schedule.phases[loaded.phase] if loaded.phase >= 0 else None
-        self._fill_bits()
+        self._state.buffers = loaded.buffers
+        self._continue_from(loaded.steps, loaded.phase, loaded.masks)
 
     def prepare_load(self, steps: int) -> None:
         """Make masks exist as they do after ``steps`` steps, for loaders that fill existing tensors only.
 
-        ``torch.distributed.checkpoint`` reads into the tensors of ``state_dict()``; call this before it is taken.
+        ``torch.distributed.checkpoint`` reads into the tensors of ``state_dict()``: call this, take ``state_dict()``,
+        let it be filled, and give it to `load_state_dict`.
 
         Args:
             steps: Optimizer steps done when the checkpoint was saved.
+
+        Raises:
+            ScheduleError: If ``steps`` is negative.
         """
-        phase = self.method.schedule.at(max(steps - 1, 0)) if steps else None
+        phase = self.method.schedule.at(steps - 1 if steps > 0 else steps)
         weights = self._resolved()
-        is_masked = phase is not None and phase.is_sparse
-        self._state.masks = (
-            {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()} if is_masked else {}
-        )
-        self._steps, self._begun, self._phase = steps, -1, phase
-        self._fill_bits()
+        is_masked = bool(steps) and phase.is_sparse
+        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+        self._continue_from(steps, phase if steps else None, masks if is_masked else {})
 
     # How it is done
+
+    def _continue_from(self, steps: int, phase: Phase | None, masks: Masks) -> None:
+        self._steps, self._phase, self._state.masks = steps, phase, masks
+        self._begun, self._pending, self._is_updating = -1, None, False
+        self._words.fill(masks, self._state.weights)
 
     def _enter(self, phase: Phase) -> None:
         left = self._phase
@@ -217,20 +251,21 @@ class Sparsifier:
             self._call_back("leave", left)
         weights = self._resolved()
         with torch.no_grad():
-            self._state.masks = self.method.enter(phase, self._state)
-        self._phase, self._pending = phase, None
-        self._fill_bits()
-        self._mask_weights(self._bits_in_force())
+            masks = self.method.enter(phase, self._state)
+        check_masks(masks, weights, phase)
+        self._state.masks, self._phase, self._pending = masks, phase, None
+        self._words.fill(masks, weights)
+        self._mask_weights(masks)
         if left is not None:
             self._reset_optimizers(left, phase, weights)
-        self._warn_of_thin_layers()
         self._call_back("enter", phase)
+        warn_of_thin_layers(masks, stacklevel=3)  # where begin_step() was called
 
     def _resolved(self) -> dict[str, nn.Parameter]:
         """Look the targets up by name again and refuse a model that is no longer the one attached to."""
         weights = self._targets.resolve(self._model)
         if tuple(weights) != self.target_names:
-            changed = sorted(set(weights) ^ set(self.target_names))
+            changed = sorted(set(weights) ^ set(self.target_names)) or ["their order"]
             raise TargetError(
                 f"the targets changed after attaching: {', '.join(changed[:3])}; attach a new Sparsifier to the model"
             )
@@ -246,69 +281,54 @@ class Sparsifier:
             everything = self._hooks.parameters(optimizer)
             restore_initial_state_(optimizer, everything if scope == "all" else [weights[name] for name in names])
 
-    def _before_update(self, optimizer: Optimizer) -> None:
+    @torch.no_grad()
+    def _before_update(self, optimizer: Optimizer, skips: bool) -> None:
         if self._begun != self._steps and not is_capturing():
+            order = "; of several optimizers the last one given has to step last" if len(self._owned) > 1 else ""
             raise UsageError(
                 f"begin_step() was not called before optimizer step {self._steps + 1}; "
-                "call sparsifier.begin_step() once before each forward pass"
+                f"call sparsifier.begin_step() once before each forward pass{order}"
             )
+        if skips:
+            return
         if self._pending is not None:
             self._enter(self._pending)
-        self._mask_gradients(self._bits_in_force(optimizer))
-        self.method.before_update(self._state)
+        has_rule = type(self.method).before_update is not Method.before_update
+        if has_rule and not self._is_updating:
+            self._mask_gradients(self.masks)  # it may read any gradient
+            self.method.before_update(self._state)
+        else:
+            self._mask_gradients(self._owned[optimizer])
+        self._is_updating = True
 
-    def _after_update(self, optimizer: Optimizer, skipped: bool) -> None:
-        if not skipped:
-            self.method.after_update(self._state)
-        self._mask_weights(self._bits_in_force(optimizer))
+    @torch.no_grad()
+    def _after_update(self, optimizer: Optimizer, skips: bool) -> None:
         is_last = optimizer is self._hooks.optimizers[-1]
-        if is_last and not skipped and not is_capturing():
+        completes = is_last and not skips and (self._begun == self._steps or is_capturing())
+        has_rule = type(self.method).after_update is not Method.after_update
+        if has_rule and completes:
+            self.method.after_update(self._state)
+            self._mask_weights(self.masks)  # it may have changed any weight
+        else:
+            self._mask_weights(self._owned[optimizer])
+        if completes and not is_capturing():
             self._steps += 1
 
-    def _fill_bits(self) -> None:
-        """Spread the masks to whole words, in the tensors that exist already where they fit."""
-        for name, mask in self.masks.items():
-            weight = local(self._state.weights[name])
-            bits = expand_bits(local(mask), dtype=weight.dtype)
-            old = self._bits.get(name)
-            if old is not None and old.dtype == bits.dtype and old.device == bits.device and old.shape == bits.shape:
-                old.copy_(bits)
-            else:
-                self._bits[name] = bits
-
-    def _bits_in_force(self, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
-        masks = self._state.masks
-        if not masks:
-            return {}
-        names = masks if optimizer is None else self._owned[optimizer]
-        return {name: self._bits[name] for name in names if name in masks}
-
-    @torch.no_grad()
-    def _mask_gradients(self, bits: Mapping[str, Tensor]) -> None:
-        for name, word in bits.items():
+    def _mask_gradients(self, names: Iterable[str]) -> None:
+        for name in names if self.masks else ():
             gradient = self._state.weights[name].grad
             if gradient is not None:
-                keep_(local(gradient), word)
+                self._words.keep_(gradient, name)
 
     @torch.no_grad()
-    def _mask_weights(self, bits: Mapping[str, Tensor]) -> None:
+    def _mask_weights(self, names: Iterable[str]) -> None:
         projects = type(self.method).project is not Method.project
-        for name, word in bits.items():
+        for name in names if self.masks else ():
             weight = self._state.weights[name]
             if projects:
-                weight.copy_(self.method.project(name, weight, self._state.masks[name]))
+                weight.copy_(self.method.project(name, weight, self.masks[name]))
             else:
-                keep_(local(weight), word)
-
-    def _warn_of_thin_layers(self) -> None:
-        thin = {
-            name: int(mask.sum()) for name, mask in self.masks.items() if mask.ndim > 1 and int(mask.sum()) < len(mask)
-        }
-        if thin:
-            layers = ", ".join(f"{name} ({kept} for {len(self.masks[name])})" for name, kept in list(thin.items())[:5])
-            warnings.warn(
-                f"{len(thin)} layers keep fewer weights than they have outputs: {layers}", SparsityWarning, stacklevel=3
-            )
+                self._words.keep_(weight, name)
 
     def _call_back(self, event: PhaseEvent, phase: Phase) -> None:
         for callback in self._callbacks:

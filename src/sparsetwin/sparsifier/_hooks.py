@@ -1,35 +1,67 @@
 """Hooks around ``optimizer.step``: what torch's optimizers, closures, AMP and CUDA graphs need known about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetwin._compat import is_capturing
+from sparsetwin._compat import is_capturing, local
 from sparsetwin.errors import TargetError, UsageError
 from sparsetwin.optimizer_state import innermost
 
-Before = Callable[[Optimizer], None]
-After = Callable[[Optimizer, bool], None]
+OnUpdate = Callable[[Optimizer, bool], None]
 
 
 class StepHooks:
     """Call ``before`` once gradients are final and ``after`` once weights are updated, for each optimizer.
 
+    A class of optimizers whose ``step`` calls its base class's may fire both twice for one update.
+
     Args:
         optimizers: The optimizers; wrappers such as Accelerate's are looked through.
-        before: Gets the optimizer. With a closure it runs at the end of the closure, where gradients exist.
-        after: Gets the optimizer and whether its update was skipped because a gradient was not finite.
+        before: Gets the optimizer, and whether it will skip the update because a gradient is not finite. With a closure
+            it runs at the end of the closure, where gradients exist.
+        after: Gets the same.
+
+    Raises:
+        UsageError: If there is no optimizer, or one of them twice.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], *, before: Before, after: After) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], *, before: OnUpdate, after: OnUpdate) -> None:
         self.optimizers = [innermost(optimizer) for optimizer in optimizers]
+        if not self.optimizers:
+            raise UsageError("expected an optimizer or a sequence of them, got an empty sequence")
+        if len(set(self.optimizers)) < len(self.optimizers):
+            raise UsageError("expected different optimizers, got one of them twice")
         self._before = before
         self._after = after
+        self._skips: dict[Optimizer, bool] = {}  # read once for each update, since reading waits for the device
+        self._served: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def are_attached(self) -> bool:
+        """Whether the optimizers call the hooks."""
+        return bool(self._handles)
+
+    def attach(self, targets: Mapping[str, nn.Parameter]) -> None:
+        """Put the hooks on the optimizers.
+
+        Raises:
+            UsageError: If hooks of another `Sparsifier` serve one of the targets already.
+        """
+        for optimizer in self.optimizers:
+            for hook in optimizer._optimizer_step_pre_hooks.values():
+                other = getattr(hook, "__self__", None)
+                shared = [n for n, p in targets.items() if isinstance(other, StepHooks) and p in other._served]
+                if shared:
+                    raise UsageError(
+                        f"another Sparsifier serves {shared[0]} already; detach() it first, or make a new optimizer"
+                    )
+        self._served = set(targets.values())
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._pre))
             self._handles.append(optimizer.register_step_post_hook(self._post))
@@ -44,39 +76,43 @@ class StepHooks:
         """Return all parameters of an optimizer."""
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def owners(self, targets: dict[str, nn.Parameter]) -> dict[Optimizer, list[str]]:
+    def owners(self, targets: Mapping[str, nn.Parameter]) -> dict[Optimizer, list[str]]:
         """Return which targets each optimizer updates.
 
         Raises:
             TargetError: If a target belongs to no optimizer, or to more than one.
         """
-        owner: dict[int, Optimizer] = {}
-        for optimizer in self.optimizers:
-            for parameter in self.parameters(optimizer):
-                if id(parameter) in owner and owner[id(parameter)] is not optimizer:
-                    raise TargetError("a parameter belongs to two optimizers; let one of them update it")
-                owner[id(parameter)] = optimizer
-        lost = [name for name, parameter in targets.items() if id(parameter) not in owner]
+        held = {optimizer: set(self.parameters(optimizer)) for optimizer in self.optimizers}
+        owned: dict[Optimizer, list[str]] = {optimizer: [] for optimizer in self.optimizers}
+        lost: list[str] = []
+        for name, parameter in targets.items():
+            owners = [optimizer for optimizer in self.optimizers if parameter in held[optimizer]]
+            if len(owners) > 1:
+                kinds = " and ".join(type(optimizer).__name__ for optimizer in owners)
+                raise TargetError(f"{name} belongs to {len(owners)} optimizers ({kinds}); let one of them update it")
+            if owners:
+                owned[owners[0]].append(name)
+            else:
+                lost.append(name)
         if lost:
             more = f" and {len(lost) - 1} more targets" if len(lost) > 1 else ""
             raise TargetError(
-                f"{lost[0]}{more}: no given optimizer updates it; pass all optimizers, or attach after the model was "
-                "sharded (fully_shard) or its parameters replaced"
+                f"{lost[0]}{more}: no given optimizer updates it; pass all optimizers, and attach after "
+                "parameters were replaced, as sharding and some adapters do"
             )
-        owned: dict[Optimizer, list[str]] = {optimizer: [] for optimizer in self.optimizers}
-        for name, parameter in targets.items():
-            owned[owner[id(parameter)]].append(name)
         return owned
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        self._skips[optimizer] = _will_skip(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer itself
         if closure is None:
-            self._before(optimizer)
+            _refuse_backward()
+            self._before(optimizer, self._skips[optimizer])
             return None
 
         def closure_then_before() -> Any:
             loss = closure()
-            self._before(optimizer)
+            self._before(optimizer, self._skips[optimizer])
             return loss
 
         if "closure" in kwargs:
@@ -84,26 +120,52 @@ class StepHooks:
         return (args[0], closure_then_before, *args[2:]), kwargs
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._after(optimizer, _was_skipped(optimizer))
+        self._after(optimizer, self._skips[optimizer])
 
 
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler made a fused optimizer skip its update; an unfused one is not called at all then."""
+def _will_skip(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler makes a fused optimizer skip its update; an unfused one is not called at all then."""
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, torch.Tensor) and not is_capturing() and bool(found_inf.item())
+
+
+def _refuse_backward() -> None:
+    """Refuse an update from within backward, which hooks on gradients make: there is no one step to count."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise UsageError("optimizer.step() was called during backward; call it after backward instead")
 
 
 def refuse_unsupported(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Refuse by name what no hook around ``optimizer.step`` can serve.
 
     Raises:
-        UsageError: For FSDP1 flat parameters, optimizer-in-backward and LBFGS; it says what to use instead.
+        UsageError: For FSDP1, optimizer-in-backward and LBFGS; it says what to use instead.
     """
     for optimizer in optimizers:
         if isinstance(innermost(optimizer), torch.optim.LBFGS):
             raise UsageError("LBFGS searches along a line of weights and cannot keep masks; use SGD, Adam or another")
+    for module in model.modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise UsageError(
+                "FSDP1 (FullyShardedDataParallel) flattens weights into one parameter, whose layers cannot be masked; "
+                "use DistributedDataParallel instead"
+            )
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "FlatParameter":
-            raise UsageError(f"{name} is a flat parameter of FSDP1; shard with fully_shard (FSDP2) instead")
+        if getattr(parameter, "_is_flat_param", False):
+            raise UsageError(f"{name} is a flat parameter of FSDP1, whose layers cannot be masked")
         if hasattr(parameter, "_in_backward_optimizers"):
             raise UsageError(f"{name} is updated during backward; call optimizer.step() after backward instead")
+
+
+def refuse_sharded(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of which this process holds a part only: ranking all of them would take the other processes.
+
+    Raises:
+        UsageError: Naming the first.
+    """
+    for name, weight in weights.items():
+        if local(weight) is not weight:
+            raise UsageError(
+                f"{name} is sharded (a {type(weight).__name__}); sparse phases need whole weights in each process; "
+                "use DistributedDataParallel"
+            )

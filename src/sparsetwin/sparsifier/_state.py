@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from sparsetwin.errors import StateError
 from sparsetwin.masking import Masks, count_pruned_nonzero
 from sparsetwin.methods import Method, SparseState
-from sparsetwin.schedules import Phase
+from sparsetwin.schedules import Phase, Schedule
 
 VERSION = 1
+_KEYS = ("method", "targets", "steps", "phase", "masks", "buffers")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class LoadedState:
     """Saved state that was found to fit."""
 
     steps: int
-    phase: int
+    phase: Phase | None
     masks: Masks
     buffers: dict[str, dict[str, Tensor]]
     generator_state: Tensor | None
@@ -31,6 +33,7 @@ def dump_state(method: Method, state: SparseState, *, steps: int, phase: Phase |
     dumped: dict[str, Any] = {
         "version": VERSION,
         "method": method.config(),
+        "targets": {name: list(weight.shape) for name, weight in state.weights.items()},
         "steps": steps,
         "phase": -1 if phase is None else phase.index,
         "masks": dict(state.masks),
@@ -47,33 +50,68 @@ def read_state(state: Mapping[str, Any], method: Method, weights: Mapping[str, T
     Raises:
         StateError: Naming the first thing that does not fit.
     """
-    version = state.get("version")
-    if version != VERSION:
-        raise StateError(f"sparsifier state of version {version!r}; this release reads version {VERSION}")
-    _check_method(state["method"], method.config())
-    masks = _fitted("mask", state["masks"], weights, dtype=torch.bool)
-    if masks and tuple(masks) != tuple(weights):
-        missing = sorted(set(weights) - set(masks))
-        raise StateError(f"the saved masks lack {', '.join(missing[:3])}; were the targets the same?")
+    _check_keys(state, method)
+    _check_equal(state["method"], method.config(), owner="this method")
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    _check_equal(state["targets"], shapes, owner="this model", prefix="target ")
+    phase = _phase(state["phase"], state["steps"], method.schedule)
+    return LoadedState(
+        state["steps"],
+        phase,
+        _masks(state["masks"], weights, phase),
+        {what: _fitted(what, tensors, weights) for what, tensors in state["buffers"].items()},
+        state["rng"].cpu() if method.draws else None,
+    )
+
+
+def _check_keys(state: Mapping[str, Any], method: Method) -> None:
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise StateError("this is no sparsifier state; expected what Sparsifier.state_dict() returned")
+    if state["version"] != VERSION:
+        raise StateError(f"sparsifier state of version {state['version']!r}; this release reads version {VERSION}")
+    missing = [key for key in (*_KEYS, *(["rng"] if method.draws else [])) if key not in state]
+    if missing:
+        raise StateError(f"the sparsifier state lacks {', '.join(missing)}; was it cut?")
+
+
+def _check_equal(saved: Mapping[str, Any], current: Mapping[str, Any], *, owner: str, prefix: str = "") -> None:
+    """Name the first field that differs, and of a list the first entry."""
+    for field in [*current, *(field for field in saved if field not in current)]:
+        here, there = saved.get(field, "nothing"), current.get(field, "nothing")
+        if here == there:
+            continue
+        if isinstance(here, list) and isinstance(there, list) and not prefix:
+            pairs = enumerate(zip_longest(here, there, fillvalue="nothing"))
+            index, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            field = f"{field}[{index}]"
+        raise StateError(f"the saved state has {prefix}{field} = {here!r}, {owner} has {there!r}")
+
+
+def _phase(index: int, steps: int, schedule: Schedule) -> Phase | None:
+    """Return the phase in force: that of the next step, or at a boundary the one that just ended."""
+    if (index, steps) == (-1, 0):
+        return None
+    if steps >= 0:
+        for phase in (schedule.at(steps), schedule.at(max(steps - 1, 0))):
+            if phase.index == index:
+                return phase
+    raise StateError(f"phase {index} at step {steps} is not in this schedule")
+
+
+def _masks(saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], phase: Phase | None) -> Masks:
+    if saved and (phase is None or not phase.is_sparse):
+        raise StateError(f"the saved state has masks, but its phase is not sparse: {phase}")
+    masks = _fitted("mask", saved, weights, dtype=torch.bool)
+    if masks and len(masks) < len(weights):
+        missing = [name for name in weights if name not in masks]
+        raise StateError(f"the saved masks lack {', '.join(missing[:3])}")
     alive = count_pruned_nonzero(weights, masks)
     if alive:
         name, count = next(iter(alive.items()))
         raise StateError(
             f"{count} pruned weights of {name} are not zero; load the model, then the optimizer, then the sparsifier"
         )
-    if not -1 <= state["phase"] < len(method.schedule.phases) or state["steps"] < 0:
-        raise StateError(f"phase {state['phase']} at step {state['steps']} is not in this schedule")
-    buffers = {what: _fitted(what, tensors, weights) for what, tensors in state["buffers"].items()}
-    return LoadedState(state["steps"], state["phase"], masks, buffers, state.get("rng"))
-
-
-def _check_method(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    for field in [*current, *(field for field in saved if field not in current)]:
-        if field not in saved or field not in current or saved[field] != current[field]:
-            raise StateError(
-                f"the saved state has {field} = {saved.get(field, 'nothing')!r}, "
-                f"this method has {current.get(field, 'nothing')!r}"
-            )
+    return masks
 
 
 def _fitted(
@@ -87,8 +125,10 @@ def _fitted(
             raise StateError(
                 f"the saved {what} of {name} has shape {tuple(tensor.shape)}, the weight {tuple(weights[name].shape)}"
             )
+        if dtype is not None and tensor.dtype != dtype:
+            raise StateError(f"the saved {what} of {name} has dtype {tensor.dtype}, expected {dtype}")
     return {
-        name: torch.empty_like(weight, dtype=dtype or saved[name].dtype, requires_grad=False).copy_(saved[name])
+        name: torch.empty_like(weight, dtype=saved[name].dtype, requires_grad=False).copy_(saved[name])
         for name, weight in weights.items()
         if name in saved
     }

@@ -1,5 +1,6 @@
 """The plain training loop that the command line and the benchmarks share."""
 
+from sparsetwin.training.branching import branch_step
 from sparsetwin.training.environment import choose_device, make_deterministic, seed_everything
 from sparsetwin.training.evaluate import Score, evaluate
 from sparsetwin.training.journal import Event, Journal, Listener, Progress
@@ -22,6 +23,7 @@ __all__ = [
     "Score",
     "Session",
     "TrainSettings",
+    "branch_step",
     "choose_device",
     "evaluate",
     "make_deterministic",

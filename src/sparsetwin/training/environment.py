@@ -47,8 +47,14 @@ def seed_everything(seed: int) -> None:
 
 
 def generator_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of torch's global generators as tensors."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    """Return the states of the global generators of torch, numpy and Python, as plain data and tensors."""
+    numpy_state = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "numpy": {**numpy_state, "state": {**inner, "key": torch.from_numpy(inner["key"].astype(np.int64))}},
+        "python": random.getstate(),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -57,6 +63,9 @@ def generator_state(device: torch.device) -> dict[str, Any]:
 def restore_generators(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `generator_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
+    random.setstate(state["python"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
@@ -81,13 +90,19 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source that runs, or None outside a checkout."""
-    folder = Path(__file__).parent
+    """Return the commit of the source that runs, or None if no repository tracks it, as when it is installed."""
+    source = Path(__file__)
+    if _git("ls-files", "--error-unmatch", source.name, folder=source.parent) is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*", folder=source.parent)
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    """Return what git prints, or None if it fails or is not there."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

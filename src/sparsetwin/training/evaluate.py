@@ -1,5 +1,6 @@
 """Loss and accuracy of a model on a split."""
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,9 +20,17 @@ class Score:
     loss: float
     accuracy: float
 
-    def plain(self) -> dict[str, float]:
-        """Return the score as a dict, as ``metrics.jsonl`` holds it."""
-        return {"accuracy": self.accuracy, "loss": self.loss}
+    def plain(self) -> dict[str, float | None]:
+        """Return the score as a dict, as ``metrics.jsonl`` holds it; None is a loss that is not finite."""
+        return {"accuracy": self.accuracy, "loss": self.loss if math.isfinite(self.loss) else None}
+
+    def is_better_than(self, other: "Score") -> bool:
+        """Whether the accuracy is higher, or the same at a lower loss; a loss that is not finite is the worst."""
+        return (self.accuracy, -self._loss_to_compare) > (other.accuracy, -other._loss_to_compare)
+
+    @property
+    def _loss_to_compare(self) -> float:
+        return self.loss if math.isfinite(self.loss) else math.inf
 
 
 def loss_and_correct(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:

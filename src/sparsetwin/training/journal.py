@@ -1,10 +1,13 @@
 """What a run tells: events to ``metrics.jsonl`` and to whoever listens."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from sparsetwin.checkpoint import append_line, truncate_log
+from sparsetwin.errors import CheckpointError
 from sparsetwin.training.run_folder import RunFolder
 
 Event = Mapping[str, Any]
@@ -45,7 +48,6 @@ class Journal:
     def __init__(self, folder: RunFolder, listeners: Sequence[Listener] = ()) -> None:
         self._folder = folder
         self._listeners = list(listeners)
-        self.size = folder.metrics.stat().st_size if folder.metrics.exists() else 0
 
     def listen(self, listeners: Sequence[Listener]) -> None:
         """Hand further events to these listeners too."""
@@ -53,7 +55,7 @@ class Journal:
 
     def event(self, event: Event) -> None:
         """Write one line of ``metrics.jsonl``."""
-        self.size = append_line(self._folder.metrics, event)
+        append_line(self._folder.metrics, event)
         for listener in self._listeners:
             listener.event(event)
 
@@ -66,11 +68,24 @@ class Journal:
         for listener in self._listeners:
             listener.progress(progress)
 
-    def rewind(self, size: int) -> None:
-        """Cut ``metrics.jsonl`` to the length it had at a checkpoint.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the logs in bytes, for `rewind`."""
+        return {"metrics": _size(self._folder.metrics), "timing": _size(self._folder.timing)}
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Cut the logs to the lengths that they had at a checkpoint.
+
+        Args:
+            sizes: As `sizes` gave them; nothing empties the logs.
 
         Raises:
-            CheckpointError: If it is shorter than that.
+            CheckpointError: If ``metrics.jsonl`` is shorter than that. Wall times are not worth an error.
         """
-        truncate_log(self._folder.metrics, size)
-        self.size = size
+        truncate_log(self._folder.metrics, sizes.get("metrics", 0))
+        with suppress(CheckpointError):
+            truncate_log(self._folder.timing, min(sizes.get("timing", 0), _size(self._folder.timing)))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

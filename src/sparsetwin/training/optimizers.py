@@ -11,8 +11,17 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Optim
     """Return the optimizers of a model: one, or for ``muon`` two (AdamW for what Muon does not take, then Muon).
 
     Raises:
-        ConfigError: If torch has no such optimizer, or the model no matrix for Muon.
+        ConfigError: If torch has no such optimizer, it refuses a setting, or the model has no matrix for Muon.
     """
+    try:
+        return _made(model, settings)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"optimizer {settings.name}: {error}") from error
+
+
+def _made(model: nn.Module, settings: OptimizerSettings) -> list[Optimizer]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr, decay = settings.lr, settings.weight_decay
     match settings.name:

@@ -1,28 +1,31 @@
 """A whole run in its folder: the main stage, the fine-tuning of the dense half, the final test; stops and resumes."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparsetwin.checkpoint import JSON, CheckpointStore, Pair
-from sparsetwin.errors import CheckpointError, ConfigError
+from sparsetwin.checkpoint import CheckpointStore, CheckpointWarning, Pair
+from sparsetwin.errors import CheckpointError, TrainingError
 from sparsetwin.methods import Dense, Method
-from sparsetwin.metrics import ForwardFlops, count_forward_flops, nonzero_counts, training_flops
+from sparsetwin.metrics import ForwardFlops, count_forward_flops, training_flops
 from sparsetwin.schedules import constant
 from sparsetwin.targets import Targets
+from sparsetwin.training.branching import branch_step
 from sparsetwin.training.environment import seed_everything
-from sparsetwin.training.evaluate import evaluate
 from sparsetwin.training.journal import Journal, Listener
-from sparsetwin.training.run_folder import RunFolder
+from sparsetwin.training.members import score_members
+from sparsetwin.training.run_folder import FINAL_EVENT, RunFolder
+from sparsetwin.training.run_state import check_state
 from sparsetwin.training.session import LoopSettings, Session
 from sparsetwin.training.stage import Batches, Stage
 
-MAIN, FINETUNE, FINAL = "main", "dense-finetune", "final"
+MAIN, FINETUNE, FINAL = "main", "dense-finetune", FINAL_EVENT
+_BRANCH = "branch"  # name of the checkpoint from which the dense half is trained on
 _VERSION = 1
 
 
@@ -66,6 +69,9 @@ class Run:
         folder: Where ``run.json`` lies already.
         parts: Model, data, method and settings.
         listeners: Told what happens.
+
+    Raises:
+        ConfigError: If the dense half is to be fine-tuned and the schedule has no place for it.
     """
 
     def __init__(self, folder: RunFolder, parts: RunParts, *, listeners: Sequence[Listener] = ()) -> None:
@@ -74,19 +80,12 @@ class Run:
         self.journal = Journal(folder, listeners)
         self.store = CheckpointStore(folder.checkpoints)
         self.pair = Pair(folder.pair)
+        self._config = folder.read().get("config")
         self._stage: Stage | None = None
         self._stop_requested = False
         self._spent = 0  # training FLOPs of stages that ended
         self._forward: ForwardFlops | None = None
-        self._branch_step = self._find_branch_step()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the final test is written; nothing is left to do then but to verify."""
-        if not self.folder.metrics.exists():
-            return False
-        lines = self.folder.metrics.read_text().splitlines()
-        return bool(lines) and json.loads(lines[-1])["event"] == FINAL
+        self._branch_step = branch_step(parts.method.schedule) if parts.settings.train.dense_finetune else None
 
     def listen(self, listeners: Sequence[Listener]) -> None:
         """Tell these listeners, too, what happens from here on."""
@@ -105,83 +104,81 @@ class Run:
             Whether the run is finished; False if it was stopped on request.
 
         Raises:
-            TrainingError: If the loss is not finite.
+            TrainingError: If the loss or a weight is not finite; the last checkpoint is kept.
             CheckpointError: If no checkpoint can be used, or none can be written.
+            StateError: If the checkpoint is of another model or method.
+            UsageError: If another process trains in the folder.
         """
-        found = self.store.latest()
-        state: Mapping[str, Any] | None = found[1] if found else None
+        with self.folder.locked():
+            state = self._latest()
+            with self._saying_what_is_kept():
+                return self._course(state)
+
+    # The course
+
+    def _course(self, state: Mapping[str, Any] | None) -> bool:
+        if state is not None and state["stage"] == FINAL:
+            return self._finish()
+        stage = self._begin(MAIN if state is None else state["stage"])
         if state is None:
-            self.journal.rewind(0)
-            stage = self._begin(MAIN)
             self._start_event()
         else:
-            _check_version(state)
-            self.journal.rewind(state["log_size"])
-            self._spent = state["spent"]
-            if state["stage"] == FINAL:
-                return self._finish()
-            stage = self._begin(state["stage"])
             stage.load_state_dict(state["state"])
-        if not self._run_stage(stage):
+        if not stage.run():
             return False
         if stage.name == MAIN and self._branch_step is not None:
             self._spent += stage.ledger.training_flops
+            state = self._branch_state()
             stage = self._begin(FINETUNE)
-            stage.load_state_dict(self._branch_state(), branch=True)
+            stage.load_state_dict(state, branch=True)
             self._spent -= stage.ledger.training_flops  # the common part was paid for once
-            if not self._run_stage(stage):
+            if not stage.run():
                 return False
         self._spent += stage.ledger.training_flops
         self._stage = None
         self._save({"stage": FINAL, "state": {}}, step=2 * self.parts.settings.total_steps)
         return self._finish()
 
-    def _run_stage(self, stage: Stage) -> bool:
-        stage.stop_requested = self._stop_requested
-        return stage.run()
-
-    def _find_branch_step(self) -> int | None:
-        """Return the end of the last dense phase that a sparse one follows, if the dense half is to be fine-tuned."""
-        if not self.parts.settings.train.dense_finetune:
-            return None
-        phases = self.parts.method.schedule.phases
-        ends = [a.stop for a, b in pairwise(phases) if b.is_sparse and not a.is_sparse]
-        if not ends:
-            raise ConfigError("dense_finetune needs a schedule in which a sparse phase follows a dense one")
-        return ends[-1]
-
     def _begin(self, name: str) -> Stage:
         parts = self.parts
-        finetunes = self._branch_step is not None
         if name == MAIN:
-            seed_everything(parts.seed)
-            method, names = parts.method, {False: "dense-raw" if finetunes else "dense", True: "sparse"}
+            method, dense = parts.method, "dense" if self._branch_step is None else "dense-raw"
         else:
-            method = Dense(schedule=constant(sparsity=0.0, total_steps=parts.settings.total_steps))
-            names = {False: "dense"}
-        model = parts.make_model()
-        if self._forward is None:
-            self._forward = count_forward_flops(model, parts.splits.example_input)
-        session = Session(model, method, targets=parts.targets, settings=parts.settings, seed=parts.seed)
+            method, dense = Dense(schedule=constant(sparsity=0.0, total_steps=parts.settings.total_steps)), "dense"
+        session = Session(self._make_model(), method, targets=parts.targets, settings=parts.settings, seed=parts.seed)
         self._stage = Stage(
             name=name,
             session=session,
             train=parts.splits.train,
             holdout=parts.splits.holdout,
-            forward=self._forward,
+            forward=self._forward_flops(session.model),
             journal=self.journal,
             pair=self.pair,
-            member_names=names,
+            member_names={False: dense, True: "sparse"},
             branch_step=self._branch_step if name == MAIN else None,
             on_checkpoint=self._checkpoint,
             on_branch=self._keep_branch,
         )
+        self._stage.stop_requested = self._stop_requested
         return self._stage
+
+    def _make_model(self) -> nn.Module:
+        """Make the model with the same draws every time, as it may keep some that its state does not hold."""
+        seed_everything(self.parts.seed)
+        return self.parts.make_model()
+
+    def _forward_flops(self, model: nn.Module) -> ForwardFlops:
+        if self._forward is None:
+            self._forward = count_forward_flops(model, self.parts.splits.example_input)
+        return self._forward
+
+    def _dense_training_flops(self, forward: ForwardFlops) -> int:
+        settings = self.parts.settings
+        return training_flops(forward.total(), settings.total_steps * settings.train.batch_size)
 
     def _start_event(self) -> None:
         stage, settings = self._stage, self.parts.settings
         assert stage is not None
-        samples = settings.total_steps * settings.train.batch_size
         self.journal.event(
             {
                 "event": "start",
@@ -192,11 +189,51 @@ class Run:
                 "targets": {name: weight.numel() for name, weight in stage.session.sparsifier.weights.items()},
                 "parameters": sum(parameter.numel() for parameter in stage.session.model.parameters()),
                 "dense_forward_flops": stage.forward.total(),
-                "dense_training_flops": training_flops(stage.forward.total(), samples),
+                "dense_training_flops": self._dense_training_flops(stage.forward),
             }
         )
 
+    def _finish(self) -> bool:
+        """Test the members and write the last line."""
+        model = self._make_model()
+        forward = self._forward_flops(model)
+        members = score_members(
+            self.pair,
+            model,
+            lambda: self.parts.splits.test.epoch(0),
+            forward=forward,
+            settings=self.parts.settings.train,
+        )
+        self.journal.event(
+            {
+                "event": FINAL,
+                "members": members,
+                "training_flops": self._spent,
+                "dense_training_flops": self._dense_training_flops(forward),
+                "dense_forward_flops": forward.total(),
+                "dense_file_bytes": members["dense"]["file_bytes"] if "dense" in members else None,
+            }
+        )
+        return True
+
     # Checkpoints
+
+    def _latest(self) -> Mapping[str, Any] | None:
+        """Return the newest good checkpoint, with the logs as they were then; None begins at step 0."""
+        try:
+            found = self.store.latest()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {self._how_to_begin_again()}") from error
+        if found is None:
+            self.journal.rewind({})
+            return None
+        state = found[1]
+        check_state(state, version=_VERSION, config=self._config, where=str(self.folder.description))
+        self.journal.rewind(state["log_sizes"])
+        self._spent = state["spent"]
+        if state["stage"] == MAIN and self._branch_step is not None and state["step"] >= self._branch_step:
+            self._warn_of_lost_branch()
+        return state
 
     def _checkpoint(self) -> None:
         stage = self._stage
@@ -206,65 +243,62 @@ class Run:
             step += self.parts.settings.total_steps - (self._branch_step or 0)
         self._save({"stage": stage.name, "state": stage.state_dict()}, step=step)
 
+    def _save(self, state: Mapping[str, Any], *, step: int) -> None:
+        common = {
+            "version": _VERSION,
+            "config": self._config,
+            "step": step,
+            "log_sizes": self.journal.sizes,
+            "spent": self._spent,
+        }
+        self.store.save({**common, **state}, step=step)
+
     def _keep_branch(self) -> None:
         assert self._stage is not None
         assert self._branch_step is not None
-        self.store.save(self._stage.state_dict(), step=self._branch_step, name="branch")
+        self.store.save(self._stage.state_dict(), step=self._branch_step, name=_BRANCH)
 
     def _branch_state(self) -> Mapping[str, Any]:
-        step, state = self.store.load_named("branch")
-        if step != self._branch_step:
+        try:
+            return self.store.load_named(_BRANCH)[1]
+        except CheckpointError as error:
             raise CheckpointError(
-                f"the branch point was saved at step {step}; this schedule has it at {self._branch_step}"
+                f"the dense half cannot be trained on: {error}. The sparse half is finished, in {self.folder.pair}. "
+                f"{self._how_to_begin_again()}"
+            ) from error
+
+    def _warn_of_lost_branch(self) -> None:
+        """Say early what would stop the run at the end of the sparse half, which is worth finishing all the same."""
+        try:
+            self.store.load_named(_BRANCH)
+        except CheckpointError as error:
+            warnings.warn(
+                f"{error}; the sparse half is trained to its end, the dense half cannot be trained on after it",
+                CheckpointWarning,
+                stacklevel=2,
             )
-        return state
 
-    def _save(self, state: Mapping[str, Any], *, step: int) -> None:
-        common = {"version": _VERSION, "log_size": self.journal.size, "spent": self._spent}
-        self.store.save({**common, **state}, step=step)
+    # What to say when it fails
 
-    # The end
+    def _how_to_begin_again(self) -> str:
+        return f"To train the whole run again from step 0, remove {self.folder.checkpoints} and resume"
 
-    def _finish(self) -> bool:
-        """Read the test set once for each member and write what came out."""
-        parts = self.parts
-        model = parts.make_model()
-        forward = self._forward or count_forward_flops(model, parts.splits.example_input)
-        train = parts.settings.train
-        members: dict[str, Any] = {}
-        for name, member in self.pair.members.items():
-            loaded = self.pair.load(name, model)
-            score = evaluate(
-                loaded, parts.splits.test.epoch(0), precision=train.precision, channels_last=train.channels_last
-            )
-            metrics: dict[str, JSON] = {**member.metrics, "test": {**score.plain()}}
-            self.pair.annotate(name, metrics)
-            members[name] = {
-                "sparsity": member.sparsity,
-                "kept": member.kept,
-                "targets": member.targets,
-                "step": member.step,
-                "file_bytes": (self.folder.pair / member.file).stat().st_size,
-                "forward_flops": forward.total(nonzero_counts(loaded)),
-                "holdout": member.metrics.get("holdout"),
-                "test": score.plain(),
-            }
-        samples = parts.settings.total_steps * train.batch_size
-        self.journal.event(
-            {
-                "event": "final",
-                "members": members,
-                "training_flops": self._spent,
-                "dense_training_flops": training_flops(forward.total(), samples),
-                "dense_forward_flops": forward.total(),
-                "dense_file_bytes": members["dense"]["file_bytes"] if "dense" in members else None,
-            }
-        )
-        return True
-
-
-def _check_version(state: Mapping[str, Any]) -> None:
-    if state.get("version") != _VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of version {state.get('version')!r}; this release reads version {_VERSION}"
-        )
+    @contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except TrainingError as error:
+            if self.folder.is_untrained:
+                raise
+            steps = self.store.steps
+            kept = f" The checkpoint of step {steps[-1]} is kept" if steps else ""
+            raise TrainingError(
+                f"{error}. Resuming leads here again; train with other settings into another folder (--out).{kept}"
+            ) from error
+        except CheckpointError as error:
+            is_from_disk = error.__cause__ is not None and not isinstance(error.__cause__, CheckpointError)
+            if self.folder.is_untrained or not is_from_disk:
+                raise
+            raise CheckpointError(
+                f"{error}. The run is kept; once there is space, continue with: sparsetwin resume {self.folder.path}"
+            ) from error

@@ -62,6 +62,7 @@ class Session:
             self.sparsifier.on_phase(lambda event, phase: average.restart() if event == "enter" else None)
         self._forward = torch.compile(self.model) if train.compile else self.model
         self.skipped = 0  # batches whose update overflowed
+        self.skipped_in_a_row = 0
 
     @property
     def steps(self) -> int:
@@ -99,7 +100,9 @@ class Session:
             losses.append(loss.detach() * share)
             correct.append(right)
         self._update()
-        self.skipped += self.steps == before
+        overflowed = self.steps == before
+        self.skipped += overflowed
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if overflowed else 0
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
     def _update(self) -> None:
@@ -127,6 +130,13 @@ class Session:
         for optimizer, bases in zip(self.optimizers, self._base_lrs, strict=True):
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * factor
+
+    def first_not_finite(self) -> str | None:
+        """Return the name of a parameter or buffer with NaN or infinite values, or None; waits for the device."""
+        tensors = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        if not tensors or bool(torch.stack([value.isfinite().all() for value in tensors.values()]).all()):
+            return None
+        return next(name for name, value in tensors.items() if not bool(value.isfinite().all()))
 
     def evaluated_model(self) -> nn.Module:
         """Return the model to evaluate and to save: the average with its pruned weights at zero, or the model."""

@@ -31,6 +31,13 @@ class OptimizerSettings:
     muon_lr: float = 0.02
     """Base learning rate of the matrices that muon updates; lr is then AdamW's."""
 
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "lr", "momentum", "weight_decay", "eps", "muon_lr")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas need to be in [0, 1), got {self.betas}")
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ConfigError("nesterov needs a momentum above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateSettings:
@@ -46,6 +53,9 @@ class LearningRateSettings:
     """Factor at each milestone."""
     every: Literal["step", "epoch"] = "step"
     """Change at every optimizer step, or once an epoch as the paper does."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "warmup_epochs", "gamma")
 
     def factor(self, step: int, *, steps_per_epoch: int, epochs: float) -> float:
         """Return what the base learning rate is multiplied with.
@@ -112,12 +122,17 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "eval_batch_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} needs to be at least 1, got {getattr(self, name)}")
-        for name in ("clip_norm", "label_smoothing", "ema_decay", "recalibrate_batches"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} may not be negative, got {getattr(self, name)}")
-        if self.ema_decay >= 1 or self.label_smoothing >= 1:
-            raise ConfigError("ema_decay and label_smoothing need to be below 1")
+        _check_not_negative(self, "clip_norm", "label_smoothing", "ema_decay", "recalibrate_batches")
+        for name in ("ema_decay", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} needs to be below 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} cannot be cut into {self.accumulation} equal parts")
-        if self.checkpoint_epochs <= 0:
+        if not 0 < self.checkpoint_epochs < math.inf:
             raise ConfigError(f"checkpoint_epochs needs to be positive, got {self.checkpoint_epochs}")
+
+
+def _check_not_negative(settings: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ConfigError(f"{name} needs to be a finite number that is not negative, got {getattr(settings, name)}")

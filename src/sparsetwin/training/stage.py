@@ -21,6 +21,8 @@ from sparsetwin.training.journal import Journal, Progress
 from sparsetwin.training.session import Session
 
 _FLUSH_STEPS = 50  # steps between looks at the losses, which on a GPU wait for it
+_REMEDIES = "a lower learning rate, clipping (--train.clip-norm) or a longer warm-up may help"
+_OVERFLOWS = 100  # updates skipped in a row; a loss scale that began at 2**16 is then below 2**-80
 
 
 class Batches(Protocol):
@@ -78,6 +80,8 @@ class Stage:
     stop_requested: bool = False
 
     def __post_init__(self) -> None:
+        self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss and right predictions, not yet looked at
+        self._epoch_began = time.perf_counter()
         self.ledger = FlopsLedger(self.forward.total())
 
     @property
@@ -96,34 +100,24 @@ class Stage:
         """
         settings = self.session.settings
         checkpoint_steps = max(1, round(settings.train.checkpoint_epochs * settings.steps_per_epoch))
-        pending: list[tuple[int, Tensor, Tensor]] = []
-        started = time.perf_counter()
+        self._epoch_began = time.perf_counter()
         for inputs, labels in self._batches():
-            before = self.session.steps
-            loss, correct = self.session.step(inputs, labels)
-            if self.session.steps == before:
-                continue  # the loss scaler skipped it
-            pending.append((self.session.steps, loss, correct))
-            self.sums.labels += labels.numel()
-            self.sums.samples += len(labels)
-            self.segment_samples += len(labels)
+            if not self._step(inputs, labels):
+                continue
             step = self.session.steps
-            epoch_ends = step % settings.steps_per_epoch == 0
-            phase_ends = self.session.sparsifier.phase_ends
-            saves = self.stop_requested or step % checkpoint_steps == 0
-            if epoch_ends or phase_ends or saves or len(pending) >= _FLUSH_STEPS:
-                self._flush(pending)
-            if epoch_ends or phase_ends:
-                self._boundary(epoch_ends=epoch_ends, phase_ends=phase_ends, started=started)
-                started = time.perf_counter() if epoch_ends else started
+            self._boundary(
+                epoch_ends=step % settings.steps_per_epoch == 0, phase_ends=self.session.sparsifier.phase_ends
+            )
             if step == self.branch_step:
                 self.on_branch()
-            if saves or step == settings.total_steps:
+            is_done = step >= settings.total_steps
+            stops = self.stop_requested  # looked at once, as a signal may come at any moment
+            if is_done or stops or step % checkpoint_steps == 0:
+                self._flush()
+                self._check_weights()
                 self.on_checkpoint()
-            if step >= settings.total_steps:
-                return True
-            if self.stop_requested:
-                return False
+            if is_done or stops:
+                return is_done
         return True
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,23 +126,50 @@ class Stage:
             epoch, start = divmod(self.iteration, len(self.train))
             yield from self.train.epoch(epoch, start=start)
 
-    def _flush(self, pending: list[tuple[int, Tensor, Tensor]]) -> None:
+    def _step(self, inputs: Tensor, labels: Tensor) -> bool:
+        """Do one step and take its scores in; return False if the loss scaler skipped the update."""
+        before = self.session.steps
+        loss, correct = self.session.step(inputs, labels)
+        if self.session.steps == before:
+            self._check_overflows(loss)
+            return False
+        self._pending.append((self.session.steps, loss, correct))
+        self.sums.labels += labels.numel()
+        self.sums.samples += len(labels)
+        self.segment_samples += len(labels)
+        if len(self._pending) >= _FLUSH_STEPS:
+            self._flush()
+        return True
+
+    def _flush(self) -> None:
         """Read the losses of the latest steps and refuse to go on from one that is not finite."""
+        pending = self._pending
         if not pending:
             return
         losses = torch.stack([loss for _, loss, _ in pending]).tolist()
         correct = torch.stack([right for _, _, right in pending]).tolist()
         for (step, _, _), loss, right in zip(pending, losses, correct, strict=True):
             if not -float("inf") < loss < float("inf"):
-                raise TrainingError(
-                    f"the loss is {loss} at step {step} ({self.name}); a lower learning rate, clipping "
-                    "(train.clip-norm) or a longer warm-up may help. The last checkpoint is kept"
-                )
+                raise TrainingError(f"the loss is {loss} at step {step} ({self.name}); {_REMEDIES}")
             self.sums.loss += loss
             self.sums.correct += right
             self.sums.steps += 1
         pending.clear()
         self._tell_progress(losses[-1])
+
+    def _check_weights(self) -> None:
+        """Refuse to evaluate, save or list what the latest update has spoilt."""
+        spoilt = self.session.first_not_finite()
+        if spoilt is not None:
+            raise TrainingError(f"{spoilt} is not finite after step {self.session.steps} ({self.name}); {_REMEDIES}")
+
+    def _check_overflows(self, loss: Tensor) -> None:
+        """Refuse to skip updates for ever: a lower loss scale does not mend a loss that is itself not finite."""
+        if self.session.skipped_in_a_row >= _OVERFLOWS:
+            raise TrainingError(
+                f"{_OVERFLOWS} updates in a row overflowed after step {self.session.steps} ({self.name}), the loss is "
+                f"{loss.item():g}; {_REMEDIES}; or use --train.precision bf16"
+            )
 
     def _tell_progress(self, loss: float) -> None:
         phase = self._phase
@@ -171,7 +192,12 @@ class Stage:
         assert phase is not None
         return phase
 
-    def _boundary(self, *, epoch_ends: bool, phase_ends: bool, started: float) -> None:
+    def _boundary(self, *, epoch_ends: bool, phase_ends: bool) -> None:
+        """Evaluate, tell and save what the end of an epoch or a phase asks for."""
+        if not (epoch_ends or phase_ends):
+            return
+        self._flush()
+        self._check_weights()
         model = self._member_model() if phase_ends else self.session.evaluated_model()
         score = self._score(model) if len(self.holdout) else None
         nonzero = nonzero_counts(model)
@@ -180,7 +206,7 @@ class Stage:
         self.segment_samples = 0
         counts = self._counts(nonzero) | {"holdout": score.plain() if score else None}
         if epoch_ends:
-            self._epoch_event(counts, forward_flops, started)
+            self._epoch_event(counts, forward_flops)
         if score is not None:
             self._keep_best(model, score)
         if phase_ends:
@@ -196,7 +222,7 @@ class Stage:
         alive = sum(nonzero[name] for name in sparsifier.target_names)
         return {"kept": count_kept(sparsifier.masks) if sparsifier.masks else size, "zeros": size - alive}
 
-    def _epoch_event(self, counts: Mapping[str, Any], forward_flops: int, started: float) -> None:
+    def _epoch_event(self, counts: Mapping[str, Any], forward_flops: int) -> None:
         settings, phase = self.session.settings, self._phase
         epoch = self.session.steps // settings.steps_per_epoch
         self.journal.event(
@@ -214,7 +240,8 @@ class Stage:
                 **counts,
             }
         )
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds, self._epoch_began = now - self._epoch_began, now
         self.journal.time({"stage": self.name, "epoch": epoch, "seconds": seconds, "samples": self.sums.samples})
         self.sums = Sums()
 
@@ -249,7 +276,7 @@ class Stage:
         if member is not None:
             self.pair.save(model, sparsifier, name=member, metrics=_holdout(score))
         if sparsifier.masks:
-            self.previous_masks = sparsifier.masks
+            self.previous_masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
 
     def _keep_best(self, model: nn.Module, score: Score) -> None:
         """Save the best model so far of its kind, as the hold-out sees it; ties go to the lower loss."""
@@ -259,7 +286,7 @@ class Stage:
         name = "sparse-best" if phase.is_sparse else "dense-best"
         if name in self.best:
             accuracy, loss = self.best[name]
-            if (score.accuracy, -score.loss) <= (accuracy, -loss):
+            if not score.is_better_than(Score(loss=loss, accuracy=accuracy)):
                 return
         self.best[name] = [score.accuracy, score.loss]
         self.pair.save(model, self.session.sparsifier, name=name, metrics=_holdout(score))

@@ -1,0 +1,172 @@
+"""Sparse convolutions by tap offsets: the product kernel on padded planes, without im2col."""
+
+import torch
+from torch import Tensor
+
+from sparsetwin.errors import ConfigError
+from sparsetwin.kernels._blocks import CSRBlocks, check_float32
+from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
+from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, run_pieces, tiled_product
+from sparsetwin.kernels._planes import PlaneLayout
+from sparsetwin.kernels._pool import Piece, Pool
+from sparsetwin.kernels._product import default_block
+from sparsetwin.kernels._specification import Activation
+from sparsetwin.kernels._target import Target, checked_target
+
+
+class SparseConvolution:
+    """``y = activation(conv2d(x, W) + bias + residual)`` for a sparse W, image by image, planes to planes.
+
+    The output's planes can be the next convolution's input: their padding is zero. Kernel sizes, strides, paddings,
+    dilations and groups are free, depthwise among them. Pruned weights pass nothing on, as in `SparseProduct`.
+
+    Args:
+        weight: (out, in / groups, kh, kw), float32; zeros are pruned. Or `CSRBlocks` of it.
+        geometry: Sizes, stride, padding, dilation, groups.
+        bias: (out,), float32.
+        activation: Fused at the store.
+        residual: Whether each call brings a residual, in the output's layout.
+        source: The input's layout; the smallest by default.
+        destination: The output's layout, of the same pitch; the smallest by default.
+        tiling: How the product is cut; chosen by the sizes by default, one block with groups.
+
+    Raises:
+        ConfigError: If something does not fit, `convolution_limits` has a reason, or no kernel can be made here.
+    """
+
+    def __init__(
+        self,
+        weight: CSRBlocks | Tensor,
+        *,
+        geometry: ConvolutionGeometry,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+        residual: bool = False,
+        source: PlaneLayout | None = None,
+        destination: PlaneLayout | None = None,
+        tiling: Tiling | None = None,
+    ) -> None:
+        tiling = tiling or Tiling()
+        chosen = checked_target(tiling.target)
+        reason = convolution_limits(geometry)
+        if reason is not None:
+            raise ConfigError(reason)
+        self.geometry = geometry
+        self.source = geometry.input_layout() if source is None else source
+        self.destination = geometry.output_layout(self.source.pitch) if destination is None else destination
+        geometry.check_layouts(self.source, self.destination)
+        columns = geometry.written(self.source.pitch)
+        width = tiling.vectors or default_vectors(columns, chosen)
+        self.matrix = _matrix(weight, geometry, tiling.block, width, chosen)
+        if bias is not None:
+            check_float32(bias, "the bias")
+            bias = bias.detach().contiguous()
+        self._residual = residual
+        self._keep = _columns_kept(geometry, self.source.pitch)
+        self._product = tiled_product(
+            self.matrix,
+            self.matrix.offsets(*_offsets(geometry, self.source)),
+            columns=columns,
+            target=chosen,
+            vectors=width,
+            epilogue=Epilogue(bias=bias, residual=residual, activation=activation),
+            keep=True,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self, planes: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None, pool: Pool | None = None
+    ) -> Tensor:
+        """Convolve.
+
+        Args:
+            planes: (N, elements), float32, in the layout ``source``.
+            residual: (N, elements), in the layout ``destination``; given exactly if the convolution was made for one.
+            out: (N, elements), in the layout ``destination``, zero between the pixels; new by default.
+            pool: Threads; the caller's alone by default.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ConfigError: If a tensor's shape, dtype or layout is another one, or ``out`` is an input.
+        """
+        images = planes.shape[0]
+        self.source.check(planes, "planes", images)
+        out = self.destination.empty(images) if out is None else out
+        self.destination.check(out, "out", images)
+        if (residual is not None) != self._residual:
+            raise ConfigError(f"residual={'given' if residual is not None else None}; made with {self._residual}")
+        if residual is not None:
+            self.destination.check(residual, "residual", images)
+        for other in (planes, residual):
+            if other is not None and out.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+                raise ConfigError(
+                    "out shares memory with an input; partial sums in it would overwrite what is still read"
+                )
+        pieces: list[Piece] = []
+        lead, pitch = 4 * self.destination.lead, 4 * self.destination.plane
+        for image in range(images):
+            at = Addresses(
+                input=planes.data_ptr() + 4 * image * self.source.elements,
+                output=out.data_ptr() + 4 * image * self.destination.elements + lead,
+                output_pitch=pitch,
+                residual=residual.data_ptr() + 4 * image * self.destination.elements + lead
+                if residual is not None
+                else 0,
+                residual_pitch=pitch,
+                keep=self._keep.data_ptr(),
+            )
+            threads = pool.threads if pool and images < pool.threads else 1
+            pieces += self._product.pieces(at, threads=threads)
+        run_pieces(pieces, pool)
+        return out
+
+    @torch.no_grad()
+    def images(self, x: Tensor, *, residual: Tensor | None = None, pool: Pool | None = None) -> Tensor:
+        """Do what ``torch.nn.functional.conv2d`` does, with both conversions of layout: (N, C, H, W) in and out."""
+        across = None if residual is None else self.destination.pack(residual)
+        return self.destination.unpack(self(self.source.pack(x), residual=across, pool=pool))
+
+
+def _matrix(
+    weight: CSRBlocks | Tensor, geometry: ConvolutionGeometry, channels: int | None, vectors: int, target: Target
+) -> CSRBlocks:
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    per_group = geometry.in_channels // geometry.groups
+    expected = (geometry.out_channels, per_group, *geometry.kernel)
+    if isinstance(weight, CSRBlocks):
+        if (weight.rows, weight.columns) != (geometry.out_channels, per_group * taps):
+            raise ConfigError(f"the matrix is {weight.rows} x {weight.columns}; expected that of a weight {expected}")
+        return weight
+    if tuple(weight.shape) != expected:
+        raise ConfigError(f"the weight has shape {tuple(weight.shape)}; expected {expected}")
+    if channels is None and geometry.groups > 1:
+        channels = per_group
+    elif channels is None:  # taps along a row read nearly the same lines
+        kept = taps * int(weight.count_nonzero()) / weight.numel()
+        channels = default_block(per_group, kept=kept, lines=geometry.kernel[0] * vectors, target=target)
+    return CSRBlocks.from_dense(weight, block_columns=channels * taps)
+
+
+def _offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor, Tensor]:
+    """Return where each column of the weight and each group of rows begins to read, in bytes."""
+    taps = []
+    for row in range(geometry.kernel[0]):
+        for column in range(geometry.kernel[1]):
+            (row_phase, down), (column_phase, right) = geometry.tap(0, row), geometry.tap(1, column)
+            phase = row_phase * source.phases[1] + column_phase
+            taps.append(phase * source.plane + source.lead + down * source.pitch + right)
+    channel = source.phases[0] * source.phases[1] * source.plane
+    per_group = geometry.in_channels // geometry.groups
+    columns = torch.arange(per_group).unsqueeze(1) * channel + torch.tensor(taps)
+    group = torch.arange(geometry.out_channels) // (geometry.out_channels // geometry.groups)
+    return 4 * columns.reshape(-1), 4 * group * per_group * channel
+
+
+def _columns_kept(geometry: ConvolutionGeometry, pitch: int) -> Tensor:
+    """Return int32, all ones where a column of the product is a pixel of the result, else zero."""
+    height, width = geometry.out_size
+    keep = torch.zeros(geometry.written(pitch), dtype=torch.int32)
+    keep[: height * pitch].view(height, pitch)[:, :width] = -1
+    return keep

@@ -1,0 +1,214 @@
+"""A sparse matrix against tiles of columns: which kernels run, on what addresses, cut into pieces for threads."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
+
+from sparsetwin.errors import ConfigError
+from sparsetwin.kernels._blocks import CSRBlocks
+from sparsetwin.kernels._cache import Kernel, kernel
+from sparsetwin.kernels._pool import Piece, Pool
+from sparsetwin.kernels._product_ir import Argument
+from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors
+from sparsetwin.kernels._target import Target
+
+_Table = ctypes.c_int64 * len(Argument)
+_WORTH = 1 << 20  # multiply-adds below which waking another thread costs more than it saves
+_PIECES = 4  # a thread, so that one that is late does not hold up the others for long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """What is done to a sum before it is stored: bias, then residual, then activation."""
+
+    bias: Tensor | None = None  # float32, (rows,)
+    residual: bool = False  # whether calls bring a residual
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a product is cut; what is None is chosen by the sizes. The best is found by measuring."""
+
+    vectors: int | None = None  # a tile's width
+    block: int | None = None  # weight columns (of a product) or input channels (of a convolution) that share a block
+    target: Target | str | None = None  # what to compile for; this machine's best if None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where one call reads and writes; pitches are bytes from row to row."""
+
+    input: int
+    output: int
+    output_pitch: int
+    residual: int = 0
+    residual_pitch: int = 0
+    keep: int = 0
+
+
+def default_vectors(columns: int, target: Target) -> int:
+    """Return how many vectors a tile gets when nothing was measured: at most eight, all tiles about equal.
+
+    >>> from sparsetwin.kernels._target import AVX2
+    >>> [default_vectors(columns, AVX2) for columns in (1, 64, 128, 210, 3192)]
+    [1, 8, 8, 7, 8]
+    """
+    most = min(8, max_vectors(target))
+    vectors = max(1, -(-columns // target.lanes))
+    tiles = -(-vectors // most)
+    return -(-vectors // tiles)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TiledProduct:
+    """A prepared product. It holds no state that a call changes, so calls may run at once."""
+
+    matrix: CSRBlocks
+    indices: Tensor = field(repr=False)
+    columns: int
+    epilogue: Epilogue
+    tile_columns: int
+    full: Kernel | None  # whole tiles
+    tail: Kernel | None  # the columns left over
+    last_lanes: int
+
+    def pieces(self, at: Addresses, *, threads: int) -> list[Piece]:
+        """Return the work of one call as functions that may run in any order."""
+        full_tiles = self.columns // self.tile_columns
+        threads = threads if worth_threads(self.matrix, self.columns) else 1
+        work: list[Piece] = []
+        if self.full is not None:
+            table = self._table(at, 0)
+            work += _cut(self.full, table, full_tiles, self.matrix, threads)
+        if self.tail is not None:
+            table = self._table(at, full_tiles * self.tile_columns)
+            work += _cut(self.tail, table, 1, self.matrix, threads if full_tiles < threads else 1)
+        return work
+
+    def run(self, at: Addresses, pool: Pool | None) -> None:
+        """Run one call to its end."""
+        run_pieces(self.pieces(at, threads=pool.threads if pool else 1), pool)
+
+    def _table(self, at: Addresses, first_column: int) -> "ctypes.Array[ctypes.c_int64]":
+        bias = self.epilogue.bias
+        return _Table(
+            self.matrix.blocks,
+            self.matrix.rows,
+            self.matrix.row_pointers.data_ptr(),
+            self.indices.data_ptr(),
+            self.matrix.values.data_ptr(),
+            at.input,
+            at.output,
+            at.output_pitch,
+            bias.data_ptr() if bias is not None else 0,
+            at.residual,
+            at.residual_pitch,
+            at.keep,
+            first_column,
+            self.last_lanes,
+        )
+
+
+def worth_threads(matrix: CSRBlocks, columns: int) -> bool:
+    """Tell whether a product has enough work to share; a weight is at least one vector's work."""
+    return matrix.kept * max(columns, 8) >= _WORTH
+
+
+def run_pieces(pieces: Sequence[Piece], pool: Pool | None) -> None:
+    """Run pieces on a pool, or one after the other without one."""
+    if pool is None:
+        for piece in pieces:
+            piece()
+    else:
+        pool.run(pieces)
+
+
+def tiled_product(
+    matrix: CSRBlocks,
+    indices: Tensor,
+    *,
+    columns: int,
+    target: Target,
+    vectors: int | None,
+    epilogue: Epilogue,
+    keep: bool = False,
+) -> TiledProduct:
+    """Compile what a product of these columns needs.
+
+    Args:
+        matrix: The weights.
+        indices: What `CSRBlocks.offsets` returned.
+        columns: Of the activations; with ``keep`` a whole number of vectors.
+        target: What to compile for.
+        vectors: A tile's, `default_vectors` if None.
+        epilogue: What is done at the store.
+        keep: Whether calls bring a mask of columns.
+
+    Raises:
+        ConfigError: If a bias does not fit, or the columns or vectors are out of range.
+    """
+    if columns < 1:
+        raise ConfigError(f"columns={columns}; expected at least 1")
+    bias = epilogue.bias
+    if bias is not None and (tuple(bias.shape) != (matrix.rows,) or not bias.is_contiguous()):
+        raise ConfigError(f"the bias has shape {tuple(bias.shape)}; expected contiguous ({matrix.rows},)")
+    width = default_vectors(columns, target) if vectors is None else vectors
+    tile_columns = width * target.lanes
+    specify = partial(
+        ProductSpecification,
+        target=target,
+        lanes=target.lanes,
+        bias=bias is not None,
+        residual=epilogue.residual,
+        activation=epilogue.activation,
+        keep=keep,
+    )
+    left = columns % tile_columns
+    last_lanes = (left - 1) % target.lanes + 1
+    full = kernel(specify(vectors=width, chains=chains(width))) if columns >= tile_columns else None
+    tail = None
+    if left:
+        tail_vectors = -(-left // target.lanes)
+        masked = last_lanes != target.lanes
+        tail = kernel(specify(vectors=tail_vectors, chains=chains(tail_vectors), masked=masked))
+    return TiledProduct(
+        matrix=matrix,
+        indices=indices,
+        columns=columns,
+        epilogue=epilogue,
+        tile_columns=tile_columns,
+        full=full,
+        tail=tail,
+        last_lanes=last_lanes,
+    )
+
+
+def chains(vectors: int) -> int:
+    """Return how many independent sums hide the latency of a multiply-add when there are few vectors."""
+    return 4 if vectors == 1 else 2 if vectors <= 3 else 1
+
+
+def _cut(
+    compiled: Kernel, table: "ctypes.Array[ctypes.c_int64]", tiles: int, matrix: CSRBlocks, threads: int
+) -> list[Piece]:
+    """Cut by tiles where there are enough of them, else by rows; neither changes a bit of the result."""
+    address = ctypes.addressof(table)
+
+    def piece(tile: int, stop_tile: int, row: int, stop_row: int) -> Callable[[], None]:
+        def run(alive: object = table) -> None:
+            compiled.call(address, tile, stop_tile, row, stop_row)
+
+        return run
+
+    if threads == 1:
+        return [piece(0, tiles, 0, matrix.rows)]
+    if tiles >= 2 * threads:
+        parts = min(tiles, _PIECES * threads)
+        cuts = [tiles * part // parts for part in range(parts + 1)]
+        return [piece(begin, end, 0, matrix.rows) for begin, end in pairwise(cuts)]
+    return [piece(0, tiles, begin, end) for begin, end in matrix.row_ranges(2 * threads)]

@@ -1,0 +1,163 @@
+"""The IR of the product kernel: a K-blocked sparse matrix times a tile of dense columns.
+
+Lanes run over columns, so each kept weight is one broadcast and ``vectors`` multiply-adds with operands from memory.
+All rows pass over one block of activation rows before the next block is touched, so that it stays in the cache;
+between blocks the partial sums wait in the output.
+"""
+
+from enum import IntEnum, auto
+from typing import Any
+
+from sparsetwin.kernels._emitter import Emitter
+from sparsetwin.kernels._specification import ProductSpecification
+
+_UNROLL = 4  # weights a round of the inner loop
+
+
+class Argument(IntEnum):
+    """The kernel's table of arguments: 64-bit integers and addresses. Pitches are bytes from row to row."""
+
+    BLOCKS = 0
+    ROWS = auto()
+    ROW_POINTERS = auto()  # int32, (blocks, rows + 1)
+    INDICES = auto()  # int32 byte offsets or uint16 columns
+    VALUES = auto()
+    INPUT = auto()
+    OUTPUT = auto()
+    OUTPUT_PITCH = auto()
+    BIAS = auto()  # float32, (rows,)
+    RESIDUAL = auto()
+    RESIDUAL_PITCH = auto()
+    KEEP = auto()  # int32, (columns,): all ones or zero
+    FIRST_COLUMN = auto()  # where tile 0 begins
+    LAST_LANES = auto()  # columns in the last vector of a masked tile
+
+
+class _Product:
+    """The kernel under construction: ``void kernel(table, first tile, stop tile, first row, stop row)``."""
+
+    def __init__(self, spec: ProductSpecification) -> None:
+        self.spec = spec
+        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused)
+        self.arguments: dict[Argument, Any] = {}
+        pointers = {Argument.ROW_POINTERS, Argument.INDICES, Argument.VALUES, Argument.INPUT, Argument.OUTPUT}
+        pointers |= {Argument.BIAS, Argument.RESIDUAL, Argument.KEEP}
+        for argument in Argument:
+            load = self.e.argument_pointer if argument in pointers else self.e.argument_int
+            self.arguments[argument] = load(argument)
+        self.vector_bytes = 4 * spec.lanes
+        self.mask = self.e.first_lanes(self.arguments[Argument.LAST_LANES]) if spec.masked else None
+
+    def text(self) -> str:
+        """Write the loops and return the module."""
+        e, table = self.e, self.arguments
+        _, first_tile, stop_tile, first_row, stop_row = e.function.args
+        row_pointer_bytes = e.b.mul(e.b.add(table[Argument.ROWS], e.int64(1)), e.int64(4))
+        last_block = e.b.sub(table[Argument.BLOCKS], e.int64(1))
+        with e.loop(first_tile, stop_tile) as tile:
+            column = e.b.mul(tile, e.int64(self.spec.lanes * self.spec.vectors))
+            column = e.b.mul(e.b.add(column, table[Argument.FIRST_COLUMN]), e.int64(4))  # in bytes
+            with e.loop(e.int64(0), table[Argument.BLOCKS]) as block:
+                pointers = e.address(table[Argument.ROW_POINTERS], e.b.mul(block, row_pointer_bytes))
+                first = e.b.icmp_signed("==", block, e.int64(0))
+                last = e.b.icmp_signed("==", block, last_block)
+                with e.loop(first_row, stop_row) as row:
+                    self._row(row, column, pointers, first, last)
+        e.b.ret_void()
+        return e.text()
+
+    def _row(self, row: Any, column: Any, pointers: Any, first: Any, last: Any) -> None:
+        e, table = self.e, self.arguments
+        output = e.address(table[Argument.OUTPUT], e.b.mul(row, table[Argument.OUTPUT_PITCH]))
+        output = e.address(output, column)
+        sums = e.either(first, lambda: self._start(row), lambda: self._load_all(output))
+        sums += [e.splat(0.0)] * (self.spec.vectors * (self.spec.chains - 1))
+        entry = e.address(pointers, e.b.mul(row, e.int64(4)))
+        begin, end = (
+            e.b.sext(e.b.load(e.address(entry, e.int64(4 * which)), typ=e.i32, align=4), e.i64) for which in (0, 1)
+        )
+        unrolled_end = e.b.add(begin, e.b.and_(e.b.sub(end, begin), e.int64(-_UNROLL)))
+        activations = e.address(table[Argument.INPUT], column)
+        with e.reducing_loop(begin, unrolled_end, sums, step=_UNROLL) as (index, carried, following):
+            following += carried
+            for step in range(_UNROLL):
+                self._weight(e.b.add(index, e.int64(step)), step, activations, following)
+        with e.reducing_loop(unrolled_end, end, following) as (index, carried, remaining):
+            remaining += carried
+            self._weight(index, 0, activations, remaining)
+        sums = self._add_chains(remaining)
+        e.either(last, lambda: self._finish(sums, row, column, output), lambda: self._store_all(sums, output))
+
+    def _weight(self, index: Any, step: int, activations: Any, sums: list[Any]) -> None:
+        """Add one weight's products to the sums of its chain, in place."""
+        e, spec = self.e, self.spec
+        inputs = e.address(activations, self._offset(index))
+        weight = e.broadcast(self._value(index))
+        chain = step % spec.chains
+        for vector in range(spec.vectors):
+            slot = chain * spec.vectors + vector
+            sums[slot] = e.multiply_add(weight, self._load(inputs, vector), sums[slot])
+
+    def _offset(self, index: Any) -> Any:
+        e, indices = self.e, self.arguments[Argument.INDICES]
+        if self.spec.index == "offset32":
+            offset = e.b.load(e.address(indices, e.b.mul(index, e.int64(4))), typ=e.i32, align=4)
+            return e.b.sext(offset, e.i64)
+        column = e.b.load(e.address(indices, e.b.mul(index, e.int64(2))), typ=e.i16, align=2)
+        return e.b.mul(e.b.zext(column, e.i64), e.int64(self.vector_bytes * self.spec.vectors))
+
+    def _value(self, index: Any) -> Any:
+        e, values = self.e, self.arguments[Argument.VALUES]
+        if self.spec.value == "float32":
+            return e.b.load(e.address(values, e.b.mul(index, e.int64(4))), typ=e.f32, align=4)
+        bits = e.b.load(e.address(values, e.b.mul(index, e.int64(2))), typ=e.i16, align=2)
+        return e.widen_bfloat16(bits)
+
+    def _start(self, row: Any) -> list[Any]:
+        e = self.e
+        if not self.spec.bias:
+            return [e.splat(0.0)] * self.spec.vectors
+        entry = e.address(self.arguments[Argument.BIAS], e.b.mul(row, e.int64(4)))
+        return [e.broadcast(e.b.load(entry, typ=e.f32, align=4))] * self.spec.vectors
+
+    def _add_chains(self, sums: list[Any]) -> list[Any]:
+        while len(sums) > self.spec.vectors:
+            half = len(sums) // 2
+            sums = [self.e.b.fadd(a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
+        return sums
+
+    def _finish(self, sums: list[Any], row: Any, column: Any, output: Any) -> list[Any]:
+        """Do what the last block does at the store: residual, activation, mask of columns."""
+        e, table, spec = self.e, self.arguments, self.spec
+        if spec.residual:
+            residual = e.address(table[Argument.RESIDUAL], e.b.mul(row, table[Argument.RESIDUAL_PITCH]))
+            added = self._load_all(e.address(residual, column))
+            sums = [e.b.fadd(a, b) for a, b in zip(sums, added, strict=True)]
+        sums = [e.activate(vector, spec.activation) for vector in sums]
+        if spec.keep:
+            keep = e.address(table[Argument.KEEP], column)
+            for vector in range(spec.vectors):
+                entry = e.address(keep, e.int64(vector * self.vector_bytes))
+                sums[vector] = e.keep_lanes(sums[vector], e.b.load(entry, typ=e.integers, align=4))
+        return self._store_all(sums, output)
+
+    def _load(self, base: Any, vector: int) -> Any:
+        pointer = self.e.address(base, self.e.int64(vector * self.vector_bytes))
+        return self.e.load_vector(pointer, self._mask_of(vector))
+
+    def _load_all(self, base: Any) -> list[Any]:
+        return [self._load(base, vector) for vector in range(self.spec.vectors)]
+
+    def _store_all(self, sums: list[Any], base: Any) -> list[Any]:
+        for vector, value in enumerate(sums):
+            pointer = self.e.address(base, self.e.int64(vector * self.vector_bytes))
+            self.e.store_vector(value, pointer, self._mask_of(vector))
+        return []
+
+    def _mask_of(self, vector: int) -> Any:
+        return self.mask if vector == self.spec.vectors - 1 else None
+
+
+def product_ir(spec: ProductSpecification) -> str:
+    """Return the LLVM IR of a product kernel."""
+    return _Product(spec).text()

@@ -1,0 +1,69 @@
+"""Everything that decides the machine code of a product kernel, as hashable data: the key of the kernel cache."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sparsetwin.errors import ConfigError, nearest
+from sparsetwin.kernels._target import Target
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+IndexFormat = Literal["offset32", "column16"]
+ValueFormat = Literal["float32", "bfloat16"]
+_CHOICES = {
+    "index": IndexFormat,
+    "value": ValueFormat,
+    "element": Literal["float32"],
+    "accumulator": Literal["float32"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductSpecification:
+    """A sparse-weight x dense-activation kernel: how wide it is, what it reads, and what it does at the store."""
+
+    target: Target
+    lanes: int  # of one vector; the target's, or fewer where there are fewer columns
+    vectors: int  # accumulators a row, contiguous columns; a tile has lanes * vectors columns
+    chains: int = 1  # independent sums a column, so that few vectors do not wait for each other
+    index: IndexFormat = "offset32"  # byte offset of the activation row, or its number
+    value: ValueFormat = "float32"  # of the weights
+    element: str = "float32"  # of the activations; float16 belongs here, with float32 accumulators between blocks
+    accumulator: str = "float32"
+    bias: bool = False
+    residual: bool = False  # added before the activation
+    activation: Activation | None = None
+    keep: bool = False  # clear the lanes that a mask of columns does not keep
+    masked: bool = False  # the last vector is only partly there: loads and stores leave the rest alone
+
+    def __post_init__(self) -> None:
+        for field, choice in _CHOICES.items():
+            given = getattr(self, field)
+            if given not in get_args(choice):
+                raise ConfigError(f"{field}={given!r} has no kernel; expected one of {', '.join(get_args(choice))}")
+        check_activation(self.activation)
+        most = max_vectors(self.target)
+        if not 1 <= self.vectors * self.chains <= most:
+            raise ConfigError(
+                f"{self.vectors} vectors of {self.chains} sums do not fit {self.target.name}; expected 1 to {most}"
+            )
+        if self.lanes not in (1, 2, 4, 8, 16, 32):
+            raise ConfigError(f"lanes={self.lanes} is not a power of two up to 32")
+
+
+def max_vectors(target: Target) -> int:
+    """Return how many accumulators fit the registers beside a weight, a mask and scratch."""
+    return target.registers - 4
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an activation that no kernel fuses.
+
+    Raises:
+        ConfigError: If it is not None and unknown.
+    """
+    if activation is not None and activation not in get_args(Activation):
+        known = get_args(Activation)
+        raise ConfigError(
+            f"activation {activation!r} cannot be fused{nearest(activation, known)}; "
+            f"expected None or {', '.join(known)}"
+        )

@@ -1,0 +1,90 @@
+"""The masks in force: checked once when a phase begins, applied fast at every step."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsetwin._compat import local
+from sparsetwin.errors import SelectionError, SparsityWarning
+from sparsetwin.masking import Masks, expand_bits, keep_
+from sparsetwin.schedules import Phase
+
+
+class MaskWords:
+    """Masks spread to whole words, as wide as their weights, so that masking is one bitwise operation.
+
+    The tensors outlive a phase and are filled anew, since CUDA graphs and compiled steps hold on to them.
+    """
+
+    def __init__(self) -> None:
+        self._words: dict[str, Tensor] = {}
+
+    def fill(self, masks: Masks, weights: Mapping[str, Tensor]) -> None:
+        """Take the masks of a phase that begins.
+
+        Args:
+            masks: Canonical name -> bool.
+            weights: Canonical name -> weight, for its dtype.
+        """
+        for name, mask in masks.items():
+            words = expand_bits(local(mask), dtype=local(weights[name]).dtype)
+            old = self._words.get(name)
+            if old is not None and (old.dtype, old.device, old.shape) == (words.dtype, words.device, words.shape):
+                old.copy_(words)
+            else:
+                self._words[name] = words
+
+    def keep_(self, tensor: Tensor, name: str) -> None:
+        """Set the pruned elements of a weight, or of its gradient, to zero.
+
+        Args:
+            tensor: The weight's shape and dtype.
+            name: Canonical name of the weight.
+        """
+        keep_(local(tensor), self._words[name])
+
+
+def check_masks(masks: Masks, weights: Mapping[str, Tensor], phase: Phase) -> None:
+    """Refuse masks that a method must not return.
+
+    Raises:
+        SelectionError: If there are masks in a dense phase, masks for some targets only, or one of another shape or
+            dtype.
+    """
+    if masks and not phase.is_sparse:
+        raise SelectionError(f"the method returned masks for a dense phase, {phase}; expected none")
+    if masks and set(masks) != set(weights):
+        name = sorted(set(masks) ^ set(weights))[0]
+        raise SelectionError(
+            f"the method returned masks for {len(masks)} of {len(weights)} targets (see {name}); "
+            "expected one for every target, or none"
+        )
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            raise SelectionError(
+                f"the method returned a mask for {name} of {mask.dtype} and shape {tuple(mask.shape)}; "
+                f"expected torch.bool and {tuple(weights[name].shape)}"
+            )
+
+
+def warn_of_thin_layers(masks: Masks, *, stacklevel: int) -> None:
+    """Name the layers that keep fewer weights than they have outputs, so that some output must be constant."""
+    thin = [
+        f"{name} ({kept} for {len(mask)})"
+        for name, mask in masks.items()
+        if mask.ndim > 1 and (kept := int(mask.sum())) < len(mask)
+    ]
+    if thin:
+        more = f" and {len(thin) - 5} more" if len(thin) > 5 else ""
+        warnings.warn(
+            f"layers that keep fewer weights than they have outputs: {', '.join(thin[:5])}{more}",
+            SparsityWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether every element of every tensor is finite."""
+    return all(bool(local(tensor).isfinite().all()) for tensor in tensors)

@@ -1,0 +1,31 @@
+"""What the tests of kernels share: random sparse weights, targets that run here, the error that goals are set in."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsetwin.kernels import TARGETS, Target, host_target
+
+FP32 = 1e-5  # max|y - ref| / max|ref|, the bound that the library promises
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    assert y.shape == expected.shape
+    return float((y.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def sparse(*shape: int, density: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < density)
+
+
+def dense(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def runnable_targets() -> dict[str, Target]:
+    """This machine's best, the generic one, and the widths of all others with this machine's instructions."""
+    host = host_target()
+    widths = {f"{lanes} lanes": replace(host, name="wide", lanes=lanes, registers=32) for lanes in (4, 8, 16)}
+    return {"host": host, "generic": TARGETS["generic"], **widths}

@@ -1,0 +1,100 @@
+"""No kernel reads or writes outside its arrays: each array lies between pages that may not be touched."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="protects pages with mprotect")
+
+FENCE = """
+import ctypes, mmap, sys
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+from sparsetwin.kernels import *
+
+PAGE, alive = mmap.PAGESIZE, []
+libc = ctypes.CDLL(None, use_errno=True)
+
+def fenced(tensor, end):
+    # a copy that ends where a forbidden page begins, or begins where one ends
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, pages + 2 * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (start, start + PAGE + pages):
+        assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+    offset = PAGE + (pages - size if end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, offset=offset, count=tensor.numel()).view(tensor.shape)
+    alive.append(memory)
+    return copy.copy_(tensor)
+
+def sparse(*shape):
+    weight = torch.randn(*shape) * (torch.rand(*shape) < 0.3)
+    weight.view(-1)[-1] = 1.0  # at least one
+    return weight
+
+def fence_matrix(matrix, end):
+    pointers = fenced(matrix.row_pointers, end)
+    return replace(matrix, row_pointers=pointers, values=fenced(matrix.values, end))
+"""
+
+PRODUCTS = """
+for target in (None, "generic"):
+    for end in (True, False):
+        for rows, length, columns in ((1, 1, 1), (5, 13, 7), (8, 30, 64), (9, 17, 71), (3, 40, 129)):
+            matrix = fence_matrix(CSRBlocks.from_dense(sparse(rows, length), block_columns=11), end)
+            tiling = Tiling(vectors=4, target=target)
+            bias = fenced(torch.randn(rows), end)
+            product = SparseProduct(matrix, columns=columns, pitch=columns, bias=bias, residual=True, tiling=tiling)
+            x, out = fenced(torch.randn(length, columns), end), fenced(torch.empty(rows, columns), end)
+            product(x, residual=fenced(torch.randn(rows, columns), end), out=out)
+"""
+
+TOKENS = """
+for target in (None, "generic"):
+    for end in (True, False):
+        for layout in ("columns", "bitmask"):
+            for rows, length in ((1, 1), (5, 13), (8, 32), (9, 100)):
+                for tokens in (1, 3, 8):
+                    matrix = fence_matrix(CSRBlocks.from_dense(sparse(rows, length)), end)
+                    bias = fenced(torch.randn(rows), end)
+                    product = TokenProduct(matrix, tokens=tokens, bias=bias, layout=layout, target=target)
+                    product._values = fenced(product._values, end)
+                    for name in ("_indices", "_masks"):
+                        if hasattr(product, name):
+                            setattr(product, name, fenced(getattr(product, name), end))
+                    product(fenced(torch.randn(tokens, length), end))
+"""
+
+CONVOLUTIONS = """
+for end in (True, False):
+    for kernel, stride, padding, groups in ((3, 1, 1, 1), (1, 1, 0, 1), (3, 2, 1, 2), (5, 1, 4, 1), (2, 3, 0, 4)):
+        for size in ((5, 9), (14, 14), (3, 15), (2, 63)):
+            pair = lambda number: (number, number)
+            geometry = ConvolutionGeometry(
+                in_channels=4, out_channels=8, kernel=pair(kernel), height=size[0], width=size[1],
+                stride=pair(stride), padding=pair(padding), groups=groups,
+            )
+            weight = sparse(8, 4 // groups, kernel, kernel)
+            matrix = fence_matrix(CSRBlocks.from_dense(weight, block_columns=2 * kernel * kernel), end)
+            convolution = SparseConvolution(matrix, geometry=geometry, residual=True)
+            convolution._keep = fenced(convolution._keep, end)
+            planes = fenced(convolution.source.pack(torch.randn(2, 4, *size)), end)
+            out = fenced(convolution.destination.empty(2), end)
+            convolution(planes, residual=fenced(convolution.destination.empty(2), end), out=out)
+"""
+
+
+@pytest.mark.parametrize("cases", [PRODUCTS, TOKENS, CONVOLUTIONS], ids=["products", "tokens", "convolutions"])
+def test_nothing_is_touched_beyond_either_end_of_any_array(cases):
+    done = subprocess.run([sys.executable, "-c", FENCE + cases + "\nprint('done')"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
+
+
+def test_the_fence_would_catch_a_kernel_that_reads_too_far():
+    script = "x = fenced(torch.ones(4), True)\nprint(ctypes.string_at(x.data_ptr() + 16, 1))"
+    done = subprocess.run([sys.executable, "-c", FENCE + script], capture_output=True, text=True)
+    assert done.returncode < 0  # killed by the signal

@@ -1,0 +1,137 @@
+"""What every method keeps. A new method is one more row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small_runs import (
+    SCHEDULE,
+    SIZES,
+    Run,
+    assert_pruned_are_exact_zeros,
+    assert_same_bits,
+    bare,
+    bits,
+    network,
+    read,
+    sgd,
+)
+from torch import nn
+
+import sparsetwin as st
+from sparsetwin.errors import StateError
+from sparsetwin.methods import METHODS, Method
+from sparsetwin.schedules import Phase
+
+KeptPerPhase = Callable[[Phase, Mapping[str, int]], int]
+
+
+def globally(phase: Phase, sizes: Mapping[str, int]) -> int:
+    total = sum(sizes.values())
+    return total - round(phase.sparsity * total)
+
+
+def in_each_layer(phase: Phase, sizes: Mapping[str, int]) -> int:
+    return sum(size - round(phase.sparsity * size) for size in sizes.values())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with its schedule, what it keeps in a sparse phase, and what it is excused from."""
+
+    name: str  # in METHODS
+    make: Callable[[], Method]
+    kept: KeptPerPhase = globally
+    exceptions: frozenset[str] = frozenset()  # names of the tests below that do not hold, as its card says
+
+
+DENSE = st.schedules.constant(sparsity=0.0, total_steps=5)
+ALWAYS_SPARSE = st.schedules.phases([(4, 0.6), (4, 0.9), (4, 0.6)])
+ROWS = {
+    "acdc": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE)),
+    "acdc-uniform": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, distribution=st.Uniform()), kept=in_each_layer),
+    "acdc-without-reset": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, reset="none")),
+    "acdc-without-dense-phases": Row("acdc", lambda: st.ACDC(schedule=ALWAYS_SPARSE, reset="targets")),
+    "dense": Row("dense", lambda: st.Dense(schedule=DENSE)),
+}
+OPTIMIZERS = {"sgd": sgd, "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)}
+
+
+def test_every_method_is_held_to_the_promises():
+    assert {row.name for row in ROWS.values()} == set(METHODS)
+    assert all(type(row.make()) is METHODS[row.name] for row in ROWS.values())
+
+
+@pytest.fixture(params=list(ROWS))
+def row(request) -> Row:
+    row = ROWS[request.param]
+    if request.function.__name__ in row.exceptions:
+        pytest.skip("an exception that the method's card lists")
+    return row
+
+
+class TestEveryMethod:
+    def test_state_dict_is_always_that_of_the_dense_model(self, row):
+        def described(model):
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+
+        run, expected = Run.new(row.make()), described(network())
+        for _ in range(run.sparsifier.method.schedule.total_steps):
+            run.step()
+            assert described(run.model) == expected
+            assert all(type(parameter) is nn.Parameter for parameter in run.model.parameters())
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_a_run_loaded_after_any_step_goes_on_with_the_bits_of_an_uninterrupted_one(self, row, optimizer):
+        def new():
+            return Run.new(row.make(), make_optimizers=OPTIMIZERS[optimizer])
+
+        whole = new()
+        total = whole.sparsifier.method.schedule.total_steps
+        saved, trajectory = [whole.saved()], [bits(whole)]
+        for _ in range(total):
+            whole.step()
+            saved.append(whole.saved())
+            trajectory.append(bits(whole))
+        for steps in range(total + 1):
+            resumed = Run.new(row.make(), make_optimizers=OPTIMIZERS[optimizer], seed=7).load(saved[steps])
+            assert_same_bits(bits(resumed), trajectory[steps], context=f"loaded after {steps}")
+            for step in range(steps + 1, total + 1):
+                resumed.step()
+                assert_same_bits(bits(resumed), trajectory[step], context=f"at {step}, loaded after {steps}")
+
+    def test_loading_before_the_model_is_refused_in_sparse_phases(self, row):
+        run = Run.new(row.make())
+        for _ in range(run.sparsifier.method.schedule.total_steps):
+            run.step()
+            fresh = Run.new(row.make(), seed=7)
+            state = read(run.saved())["sparsifier"]
+            if run.phase.is_sparse:
+                with pytest.raises(StateError, match="load the model, then the optimizer, then the sparsifier"):
+                    fresh.sparsifier.load_state_dict(state)
+                assert (fresh.sparsifier.steps, fresh.sparsifier.masks) == (0, {})
+            else:
+                fresh.sparsifier.load_state_dict(state)
+
+    def test_exactly_the_requested_number_is_kept_and_the_others_are_exactly_zero(self, row):
+        run = Run.new(row.make())
+        for _ in range(run.sparsifier.method.schedule.total_steps):
+            run.step()
+            masks = run.sparsifier.masks
+            assert list(masks) == (list(SIZES) if run.phase.is_sparse else [])
+            if run.phase.is_sparse:
+                assert sum(int(mask.sum()) for mask in masks.values()) == row.kept(run.phase, SIZES)
+            assert_pruned_are_exact_zeros(run)
+
+    @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+    @pytest.mark.parametrize("wrapped_at", ["saving", "loading"])
+    def test_names_may_differ_between_saving_and_loading(self, row, wrap, wrapped_at):
+        at_saving, at_loading = (wrap, bare) if wrapped_at == "saving" else (bare, wrap)
+        total = row.make().schedule.total_steps
+        expected = bits(Run.new(row.make()).train(total))
+        for steps in (total // 3, total - 1):
+            first = Run.new(row.make(), model=at_saving(network())).train(steps)
+            assert first.sparsifier.target_names == tuple(SIZES)
+            second = Run.new(row.make(), model=at_loading(network(7))).load(first.saved())
+            assert_same_bits(bits(second.train(total - steps)), expected, context=steps)
