@@ -109,6 +109,7 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself, as it is loaded
 def test_a_compiled_model_learns_the_same() -> None:
     plain, compiled = (session(acdc((3, 0.0), (3, 0.9), (2, 0.0)), settings(compile=on)) for on in (False, True))
     assert train(plain, steps=8) == pytest.approx(train(compiled, steps=8), rel=1e-3)
