@@ -1,4 +1,4 @@
-"""The only file that knows wrappers' name prefixes, DTensor and torch versions."""
+"""The only file that knows wrappers' name prefixes and torch versions; with `_sharding`, what a DTensor is."""
 
 import re
 
@@ -44,6 +44,11 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies in this process: a DTensor's shard, or the tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; it is asked without loading what DTensors need."""
+    return hasattr(tensor, "to_local")
 
 
 def total(count: Tensor) -> int:

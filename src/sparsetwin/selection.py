@@ -3,8 +3,8 @@
 No sort and no concatenation. Floats are read as integers of the same order, their keys. One pass counts the top 16
 bits of all keys, which tells in which of 65,536 bins the last kept weight lies. A second pass keeps what lies above
 that bin and sets the lower bits of the keys in it aside (commonly those of less than 1% of float32 weights); among
-these the exact cut is found, 16 bits at a time. Ties at the cut are kept in the order of the layers, then row-major. Counts are
-integers, so the result depends neither on memory format nor on the number of threads.
+these the exact cut is found, 16 bits at a time. Ties at the cut are kept in the order of the layers, then row-major.
+Counts are integers, so the result depends neither on memory format nor on the number of threads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsetwin._compat import is_sharded
 from sparsetwin.distributions import Budget, check_budgets
 from sparsetwin.errors import SelectionError
 
@@ -70,6 +71,10 @@ def select_masks(
     _check_names(weights, budgets)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     check_budgets(tuple(budgets), sizes, minimum_kept=minimum_kept)
+    if any(is_sharded(weight) for weight in weights.values()):
+        from sparsetwin.sharded_selection import select_sharded_masks  # loads torch.distributed.tensor
+
+        return select_sharded_masks(weights, score, budgets, minimum_kept=minimum_kept)
     read = _reader(weights, score)
     masks: dict[str, Tensor] = {}
     for budget in budgets:

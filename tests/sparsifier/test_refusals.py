@@ -170,19 +170,6 @@ def test_fsdp1_is_refused_by_name(one_process, use_orig_params):
 
 @needs_distributed
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
-def test_sharded_weights_are_refused_unless_training_is_dense(one_process):
-    from torch.distributed.fsdp import fully_shard
-
-    model = network()
-    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-    with pytest.raises(UsageError, match=r"0\.weight is sharded \(a DTensor\)"):
-        st.Sparsifier(acdc(), model, sgd(model))
-    run = Run.new(st.Dense(schedule=st.schedules.constant(sparsity=0.0, total_steps=2)), model=model)
-    assert run.train(2).sparsifier.steps == 2
-
-
-@needs_distributed
-@pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
 def test_distributed_data_parallel_gives_the_bits_of_the_bare_model(one_process):
     run = Run.new(model=nn.parallel.DistributedDataParallel(network()))
     plain = Run.new()

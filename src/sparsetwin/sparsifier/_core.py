@@ -16,7 +16,7 @@ from sparsetwin.methods import Method, SparseState
 from sparsetwin.metrics import LayerSparsity, sparsity_table
 from sparsetwin.optimizer_state import restore_initial_state_
 from sparsetwin.schedules import Phase
-from sparsetwin.sparsifier._hooks import StepHooks, refuse_sharded, refuse_unsupported
+from sparsetwin.sparsifier._hooks import StepHooks, refuse_unsupported
 from sparsetwin.sparsifier._masks import MaskWords, are_finite, check_masks, warn_of_thin_layers
 from sparsetwin.sparsifier._state import dump_state, read_state
 from sparsetwin.targets import Targets
@@ -78,6 +78,9 @@ class Sparsifier:
         self._begun = -1  # the step for which begin_step() was called last
         self._phase: Phase | None = None
         self._pending: Phase | None = None  # to be entered once gradients exist
+        self._is_loading = (
+            False  # between prepare_load() and the next step, where loaders step the optimizer themselves
+        )
         self._is_updating = False  # whether an optimizer has updated in this step
         self._words = MaskWords()
         self._callbacks: list[PhaseCallback] = []
@@ -90,8 +93,6 @@ class Sparsifier:
         """Refuse now what could only fail in the middle of training."""
         phases = self.method.schedule.phases
         self.method.config()
-        if any(phase.is_sparse for phase in phases):
-            refuse_sharded(self._state.weights)
         self.method.check(self._state)
         if any(self.method.reset_scope(left, entered) != "none" for left, entered in pairwise(phases)):
             for optimizer in self._hooks.optimizers:
@@ -156,7 +157,7 @@ class Sparsifier:
         self._is_updating = False
         if self._pending is not None and not self.method.needs_gradients:
             self._enter(self._pending)
-        self._begun = self._steps
+        self._begun, self._is_loading = self._steps, False
         if self._steps == self.method.schedule.total_steps:
             warnings.warn(
                 f"the schedule ended after {self._steps} steps; its last phase holds from here on",
@@ -224,7 +225,8 @@ class Sparsifier:
         """Make masks exist as they do after ``steps`` steps, for loaders that fill existing tensors only.
 
         ``torch.distributed.checkpoint`` reads into the tensors of ``state_dict()``: call this, take ``state_dict()``,
-        let it be filled, and give it to `load_state_dict`.
+        let it be filled, and give it to `load_state_dict`. Until then optimizer steps are not counted: such loaders
+        make an optimizer's state exist by a step of their own.
 
         Args:
             steps: Optimizer steps done when the checkpoint was saved.
@@ -237,12 +239,13 @@ class Sparsifier:
         is_masked = bool(steps) and phase.is_sparse
         masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         self._continue_from(steps, phase if steps else None, masks if is_masked else {})
+        self._is_loading = True
 
     # How it is done
 
     def _continue_from(self, steps: int, phase: Phase | None, masks: Masks) -> None:
         self._steps, self._phase, self._state.masks = steps, phase, masks
-        self._begun, self._pending, self._is_updating = -1, None, False
+        self._begun, self._pending, self._is_updating, self._is_loading = -1, None, False, False
         self._words.fill(masks, self._state.weights)
 
     def _enter(self, phase: Phase) -> None:
@@ -283,6 +286,8 @@ class Sparsifier:
 
     @torch.no_grad()
     def _before_update(self, optimizer: Optimizer, skips: bool) -> None:
+        if self._is_loading:
+            return
         if self._begun != self._steps and not is_capturing():
             order = "; of several optimizers the last one given has to step last" if len(self._owned) > 1 else ""
             raise UsageError(
@@ -303,6 +308,8 @@ class Sparsifier:
 
     @torch.no_grad()
     def _after_update(self, optimizer: Optimizer, skips: bool) -> None:
+        if self._is_loading:
+            return
         is_last = optimizer is self._hooks.optimizers[-1]
         completes = is_last and not skips and (self._begun == self._steps or is_capturing())
         has_rule = type(self.method).after_update is not Method.after_update

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetwin._compat import is_capturing, local
+from sparsetwin._compat import is_capturing
 from sparsetwin.errors import TargetError, UsageError
 from sparsetwin.optimizer_state import innermost
 
@@ -155,17 +155,3 @@ def refuse_unsupported(model: nn.Module, optimizers: Sequence[Optimizer]) -> Non
             raise UsageError(f"{name} is a flat parameter of FSDP1, whose layers cannot be masked")
         if hasattr(parameter, "_in_backward_optimizers"):
             raise UsageError(f"{name} is updated during backward; call optimizer.step() after backward instead")
-
-
-def refuse_sharded(weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of which this process holds a part only: ranking all of them would take the other processes.
-
-    Raises:
-        UsageError: Naming the first.
-    """
-    for name, weight in weights.items():
-        if local(weight) is not weight:
-            raise UsageError(
-                f"{name} is sharded (a {type(weight).__name__}); sparse phases need whole weights in each process; "
-                "use DistributedDataParallel"
-            )

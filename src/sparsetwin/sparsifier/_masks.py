@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sparsetwin._compat import local
+from sparsetwin._compat import local, total
 from sparsetwin.errors import SelectionError, SparsityWarning
 from sparsetwin.masking import Masks, expand_bits, keep_
 from sparsetwin.schedules import Phase
@@ -74,7 +74,7 @@ def warn_of_thin_layers(masks: Masks, *, stacklevel: int) -> None:
     thin = [
         f"{name} ({kept} for {len(mask)})"
         for name, mask in masks.items()
-        if mask.ndim > 1 and (kept := int(mask.sum())) < len(mask)
+        if mask.ndim > 1 and (kept := total(mask.sum())) < len(mask)
     ]
     if thin:
         more = f" and {len(thin) - 5} more" if len(thin) > 5 else ""

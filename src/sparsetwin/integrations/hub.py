@@ -1,0 +1,223 @@
+"""Networks of the Hugging Face hub, dense and sparse: folders that ``from_pretrained`` opens, with a measured card.
+
+A folder holds a configuration, a card (``README.md``) and the weights in one of two forms: ``model.safetensors``,
+which ``AutoModel.from_pretrained`` opens and in which zeros take as much room as other numbers, or
+``sparse.safetensors``, one bit a weight and the kept values (`sparsetwin.save_sparse`), which `from_pretrained` here
+opens.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from sparsetwin.checkpoint import JSON, Member, Pair, load_sparse, save_sparse
+from sparsetwin.errors import CheckpointError, StateError
+from sparsetwin.integrations._card import model_card
+from sparsetwin.masking import Masks, SparseView, count_pruned_nonzero
+from sparsetwin.methods import Method
+
+SPARSE_FILE = "sparse.safetensors"
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    view: SparseView,
+    bitmask: bool = False,
+    metrics: Mapping[str, JSON] | None = None,
+    method: Method | None = None,
+    processor: Any = None,
+) -> None:
+    """Save a model as it is now in a folder of its own, with a card of the measured numbers.
+
+    Args:
+        model: The bare model.
+        folder: The folder; it is replaced as a whole, only when the new one is complete.
+        view: The `Sparsifier`: its masks say what is kept.
+        bitmask: Write the sparse form instead of ``model.safetensors``.
+        metrics: Finite numbers for the card.
+        method: For the card.
+        processor: A tokenizer or image processor to save beside the model.
+
+    Raises:
+        StateError: If a pruned weight is not zero.
+    """
+    tensors, masks = model.state_dict(), view.masks
+    sizes = {name: tensors[name].numel() for name in view.target_names}
+    targets = sum(sizes.values())
+    kept = sum(int(masks[name].sum()) if name in masks else size for name, size in sizes.items())
+    member = Member(
+        name="sparse" if masks else "dense",
+        sparsity=1 - kept / targets,
+        step=view.steps,
+        file="",
+        sha256="",
+        kept=kept,
+        targets=targets,
+        metrics=dict(metrics or {}),
+    )
+    _write(model, tensors, masks, Path(folder), member, bitmask=bitmask, method=method, processor=processor)
+
+
+def save_pair(
+    pair: Pair,
+    model: PreTrainedModel,
+    *,
+    folder: str | Path | None = None,
+    bitmask: bool = False,
+    method: Method | None = None,
+    processor: Any = None,
+) -> list[Path]:
+    """Save every member of a pair as a folder of its own.
+
+    Args:
+        pair: The pair.
+        model: A model of the same architecture; its weights do not matter and are not changed.
+        folder: Where to; by default the pair's own, so that ``pair/sparse`` stands beside ``pair/pair.json``.
+        bitmask: Write the sparse form for members that have masks.
+        method: For the cards.
+        processor: A tokenizer or image processor to save beside each.
+
+    Returns:
+        The folders.
+
+    Raises:
+        CheckpointError: If a file of the pair is damaged.
+    """
+    pair.verify()
+    root = pair.folder if folder is None else Path(folder)
+    for name, member in pair.members.items():
+        stored = load_sparse(pair.folder / member.file)
+        is_packed = bitmask and bool(stored.masks)
+        _write(
+            model, stored.tensors, stored.masks, root / name, member,
+            bitmask=is_packed, method=method, processor=processor,
+        )  # fmt: skip
+    return [root / name for name in pair.members]
+
+
+def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedModel:
+    """Open a folder of either form.
+
+    Args:
+        folder: As `save_pretrained` or `save_pair` wrote it.
+        model_class: A model class or an Auto class; by default the class that was saved.
+
+    Returns:
+        The model in evaluation mode, on the CPU, pruned weights exactly zero.
+
+    Raises:
+        CheckpointError: If there is no configuration or no weights, or they are damaged.
+        StateError: If the tensors are not those of the model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a folder of save_pretrained")
+    config = AutoConfig.from_pretrained(folder)
+    chosen = _saved_class(config, folder) if model_class is None else model_class
+    if not (folder / SPARSE_FILE).is_file():
+        return chosen.from_pretrained(folder)
+    tensors = load_sparse(folder / SPARSE_FILE).tensors
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away
+        model: PreTrainedModel = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    _check_fits(model, tensors, folder)
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype != tensors[name].dtype and tensor.is_floating_point():
+            model.to(dtype=tensors[name].dtype)
+            break
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def masks_of(folder: str | Path) -> Masks:
+    """Return the masks of a folder in the sparse form, to train on with them; True keeps.
+
+    Raises:
+        CheckpointError: If the folder has no sparse form.
+    """
+    return load_sparse(Path(folder) / SPARSE_FILE).masks
+
+
+def write_card(folder: Path, member: Member, *, model: PreTrainedModel, method: Method | None) -> None:
+    """Write a folder's card anew, with the metrics that the member has now."""
+    text = model_card(
+        member, architecture=type(model).__name__, method=method, is_packed=(folder / SPARSE_FILE).exists()
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    masks: Masks,
+    folder: Path,
+    member: Member,
+    *,
+    bitmask: bool,
+    method: Method | None,
+    processor: Any,
+) -> None:
+    alive = count_pruned_nonzero(tensors, masks)
+    if alive:
+        name = next(iter(alive))
+        raise StateError(f"{alive[name]} pruned weights of {name} are not zero; the masks belong to other weights")
+
+    def fill(temporary: Path) -> None:
+        if bitmask:
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(temporary)
+            if model.can_generate() and getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(temporary)
+            save_sparse(temporary / SPARSE_FILE, tensors, masks, card={"kept": member.kept, "targets": member.targets})
+        else:
+            model.save_pretrained(temporary, state_dict=tensors)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        write_card(temporary, member, model=model, method=method)
+
+    _replace_folder(folder, fill)
+
+
+def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a new folder, then put it in the old one's place; a stop in between leaves one of them whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        fill(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _saved_class(config: Any, folder: Path) -> Any:
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise CheckpointError(f"{folder} was saved from {names or 'an unknown class'}; pass model_class=")
+    return found
+
+
+def _check_fits(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    different = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    if different:
+        name = different[0]
+        raise StateError(
+            f"{folder} does not fit {type(model).__name__}: {name} is {given.get(name, 'missing')}, the model's "
+            f"{expected.get(name, 'does not exist')} ({len(different)} differ)"
+        )

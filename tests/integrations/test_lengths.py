@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import pytest
+
+from sparsetwin.errors import ScheduleError
+from sparsetwin.integrations.lengths import PhaseLengths, build_method
+from sparsetwin.methods import ACDC
+from sparsetwin.schedules import Schedule, constant
+
+
+@pytest.mark.parametrize(
+    ("unit", "lengths"),
+    [("fractions", (0.1, 0.2, 0.1, 0.1, 0.2)), ("epochs", (1, 2, 1, 1, 2)), ("steps", (4, 8, 4, 4, 8))],
+)
+def test_equal_lengths_in_any_unit_make_equal_schedules(unit, lengths):
+    names = ("warmup", "sparse", "dense", "final_dense", "final_sparse")
+    made = PhaseLengths(sparsity=0.8, unit=unit, **dict(zip(names, lengths, strict=True)))(40, 4)
+    assert [(phase.start, phase.sparsity) for phase in made.phases] == [
+        (0, 0), (4, 0.8), (12, 0), (16, 0.8), (24, 0), (28, 0.8),
+    ]  # fmt: skip
+
+
+def test_a_method_gets_the_schedule_of_the_run_and_no_other():
+    def schedule(total_steps: int, steps_per_epoch: int) -> Schedule:
+        return constant(sparsity=0.5, total_steps=total_steps, warmup_steps=steps_per_epoch)
+
+    made = build_method(ACDC, schedule, total_steps=30, steps_per_epoch=10)
+    assert made == ACDC(schedule=schedule(30, 10))
+    with pytest.raises(ScheduleError, match="has 20 steps, the trainer will do 30"):
+        build_method(ACDC, lambda *_: schedule(20, 10), total_steps=30, steps_per_epoch=10)
+
+
+def test_importing_sparsetwin_imports_no_trainer():
+    code = "import sparsetwin, sys; print([m for m in sys.modules if m.startswith('sparsetwin.integrations')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
