@@ -146,7 +146,8 @@ class Running:
         if self._code is None:
             self._code = self._server.ask(wait=self.pid, blocks=True)
         assert self._code is not None
-        return Finished(self._code, self._out.read_text(), self._err.read_text())
+        out = self._out.read_text() if self._out.exists() else ""  # it may have been killed before it wrote anything
+        return Finished(self._code, out, self.err)
 
 
 class Commands:
