@@ -1,6 +1,6 @@
 """How a DTensor is cut and copied over processes: which elements are here, who counts them, how to sum over all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,11 +126,3 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
-
-
-def agree(values: Sequence[int], all_reduce_max: Callable[[Tensor], None]) -> bool:
-    """Whether all processes hold the same integers: their maximum and the maximum of their negatives are opposite."""
-    mine = torch.tensor([*values, *(-value for value in values)], dtype=torch.int64)
-    all_reduce_max(mine)
-    highest, lowest = mine.chunk(2)
-    return bool((highest == -lowest).all())
