@@ -40,7 +40,7 @@ def layers(dtype, memory_format):
 
 
 def by_histograms(weights, sparsity):
-    budgets = Global().budgets({name: weight.numel() for name, weight in weights.items()}, sparsity)
+    budgets = Global().budgets({name: weight.shape for name, weight in weights.items()}, sparsity)
     return select_masks(weights, lambda name: magnitude(weights[name]), budgets)
 
 

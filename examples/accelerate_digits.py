@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sparsetwin as st
 from sparsetwin.data import Digits
-from sparsetwin.integrations.accelerate import clip_grad_norm_, prepare
+from sparsetwin.integrations.accelerate import clip_grad_norm_, prepare, save_half
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("runs/accelerate"))
@@ -57,8 +57,8 @@ for epoch in range(options.resume, options.epochs):
                 clip_grad_norm_(accelerator, sparsifier, model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if sparsifier.phase_ends and accelerator.is_main_process:
-            pair.save(model, sparsifier)
+        if sparsifier.phase_ends:
+            save_half(accelerator, pair, model, sparsifier)
     accelerator.save_state(str(options.out / f"epoch-{epoch + 1}"))
 
 for name, member in pair.members.items():

@@ -63,17 +63,21 @@ def by_value(weights):
     return lambda name: weights[name]
 
 
+def shapes_of(weights):
+    return {name: weight.shape for name, weight in weights.items()}
+
+
 def sizes_of(weights):
     return {name: weight.numel() for name, weight in weights.items()}
 
 
 def select(weights, distribution, sparsity, *, score=by_magnitude, minimum_kept=1):
-    budgets = distribution.budgets(sizes_of(weights), sparsity)
+    budgets = distribution.budgets(shapes_of(weights), sparsity)
     return select_masks(weights, score(weights), budgets, minimum_kept=minimum_kept)
 
 
 def reference(weights, distribution, sparsity, *, score=by_magnitude, minimum_kept=1):
-    budgets = distribution.budgets(sizes_of(weights), sparsity)
+    budgets = distribution.budgets(shapes_of(weights), sparsity)
     return reference_masks(weights, score(weights), budgets, minimum_kept=minimum_kept)
 
 

@@ -7,7 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsetwin.schedules import Phase, Schedule, alternating, constant, gradual, in_steps, paper, periodic, phases
+from sparsetwin.errors import ScheduleError
+from sparsetwin.schedules import (
+    Phase,
+    Schedule,
+    acdc_plus_plus,
+    alternating,
+    constant,
+    gradual,
+    in_steps,
+    paper,
+    periodic,
+    phases,
+    ramped,
+    rounds,
+)
 
 
 def table(schedule):
@@ -238,3 +252,51 @@ def test_past_its_end_a_schedule_stays_in_its_last_phase():
 def test_lengths_convert_to_the_nearest_whole_step(value, unit, expected):
     assert in_steps(value, unit, steps_per_epoch=100, total_steps=1000) == expected
     assert math.isclose(expected, value * {"steps": 1, "epochs": 100, "fractions": 1000}[unit], abs_tol=0.5)
+
+
+def test_the_layout_of_acdc_plus_plus_is_that_of_the_papers_run_of_100_epochs_and_grows_with_the_run():
+    assert acdc_plus_plus(sparsity=0.9, total_steps=100) == paper("imagenet-100", sparsity=0.9, steps_per_epoch=1)
+    for total in (20, 137, 1000):
+        schedule = acdc_plus_plus(sparsity=0.8, total_steps=total)
+        assert schedule.total_steps == total
+        assert [phase.is_sparse for phase in schedule.phases] == [False, True] * 8
+        parts = [phase.steps / total for phase in schedule.phases]
+        assert parts == pytest.approx([0.1, *[0.05] * 13, 0.1, 0.15], abs=1 / total)
+
+
+def test_a_ramp_reaches_the_sparsity_of_each_sparse_phase_in_its_last_pruning():
+    plain = phases([(3, 0.0), (10, 0.9), (2, 0.0), (6, 0.5)])
+    schedule = ramped(plain, ramp_steps=5, prunings=3)
+    assert schedule.total_steps == plain.total_steps
+    assert [(phase.start, phase.stop) for phase in schedule.phases] == [
+        (0, 3), (3, 5), (5, 8), (8, 13), (13, 15), (15, 17), (17, 20), (20, 21)
+    ]  # fmt: skip
+    rises = [(1 - math.exp(-4 * t)) / (1 - math.exp(-4)) for t in (1 / 3, 2 / 3)]
+    expected = [0.0, 0.9 * rises[0], 0.9 * rises[1], 0.9, 0.0, 0.5 * rises[0], 0.5 * rises[1], 0.5]
+    assert [phase.sparsity for phase in schedule.phases] == pytest.approx(expected)
+    assert ramped(plain, ramp_steps=0, prunings=1) == plain
+    assert ramped(schedule, ramp_steps=1, prunings=1) == schedule
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ramped(phases([(4, 0.5)]), ramp_steps=4, prunings=2), "a ramp of 4 steps does not fit into a sparse"),
+        (lambda: ramped(phases([(9, 0.5)]), ramp_steps=1, prunings=3), "ramp_steps needs to be at least 2, got 1"),
+        (lambda: ramped(phases([(9, 0.5)]), ramp_steps=1, prunings=2, steepness=0), "steepness needs to be positive"),
+        (lambda: acdc_plus_plus(sparsity=0.9, total_steps=19), "total_steps needs to be at least 20"),
+        (lambda: rounds(sparsity=0.9, count=1, round_steps=5, rewind_step=5), "rewind_step = 5 leaves nothing of"),
+        (lambda: rounds(sparsity=1.0, count=1, round_steps=5), "nothing would be left"),
+    ],
+)
+def test_ramps_and_rounds_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ScheduleError, match=message):
+        make()
+
+
+def test_every_round_prunes_the_same_fraction_of_what_is_left():
+    schedule = rounds(sparsity=0.9, count=4, round_steps=10, rewind_step=3)
+    densities = [1 - phase.sparsity for phase in schedule.phases if phase.is_sparse]
+    assert densities == pytest.approx([0.1 ** (index / 4) for index in range(1, 5)])
+    assert schedule.final_sparsity == 0.9
+    assert {phase.steps for phase in schedule.phases[1:]} == {7}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from selection_cases import layers
 from sparsetwin.errors import ConfigError
-from sparsetwin.scores import magnitude, score_named
+from sparsetwin.scores import SCORES, magnitude, random_scores, score_named
 
 
 def strides(tensor):
@@ -29,6 +29,27 @@ def test_the_magnitude_of_nan_is_nan():
 
 
 def test_a_score_is_found_by_its_name_and_an_unknown_one_names_the_nearest():
-    assert score_named("magnitude") is magnitude
-    with pytest.raises(ConfigError, match="unknown score 'magnitud'; known: magnitude; did you mean 'magnitude'"):
+    assert score_named("magnitude") is SCORES["magnitude"]
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown score 'magnitud'; known: magnitude, movement, .*random; did you mean 'magnitude'",
+    ):
         score_named("magnitud")
+
+
+def test_random_scores_depend_on_the_seed_and_the_shape_alone():
+    weight = torch.randn(3, 4)
+    first = random_scores(weight, seed=5)
+    assert torch.equal(first, random_scores(torch.zeros(3, 4, dtype=torch.bfloat16), seed=5))
+    assert not torch.equal(first, random_scores(weight, seed=6))
+    assert first.unique().numel() == 12
+    assert ((first >= 0) & (first < 1)).all()
+
+
+def test_scores_that_remember_do_so_in_place():
+    memory, weight = torch.tensor([1.0, 1.0]), torch.tensor([2.0, -3.0])
+    SCORES["movement"].remember_(memory, weight, torch.tensor([0.5, 0.5]))
+    assert memory.tolist() == [0.0, 2.5]
+    SCORES["fisher"].remember_(memory, weight, torch.tensor([0.5, 2.0]))
+    assert memory.tolist() == [0.25, 6.5]
+    assert SCORES["fisher"].of(weight, memory).tolist() == [0.5, 29.25]

@@ -18,7 +18,7 @@ from selection_cases import (
     layers,
     reference,
     select,
-    sizes_of,
+    shapes_of,
     transposed,
     values,
 )
@@ -48,7 +48,7 @@ def weights_of(dtype, layout, shapes=SHAPES):
 
 
 def possible(weights, distribution, sparsity, minimum_kept=1):
-    budgets = distribution.budgets(sizes_of(weights), sparsity)
+    budgets = distribution.budgets(shapes_of(weights), sparsity)
     return all(
         budget.kept >= sum(min(minimum_kept, weights[name].numel()) for name in budget.names) for budget in budgets
     )
@@ -80,7 +80,7 @@ def test_no_kept_weight_is_smaller_than_a_pruned_one_unless_its_layer_would_be_e
     assume(possible(weights, distribution, sparsity))
     masks = select(weights, distribution, sparsity)
     assert min(kept(masks).values()) >= 1
-    for budget in distribution.budgets(sizes_of(weights), sparsity):
+    for budget in distribution.budgets(shapes_of(weights), sparsity):
         magnitudes = {name: weights[name].abs().double() for name in budget.names}
         ranked = [name for name in budget.names if int(masks[name].sum()) > 1]
         smallest = min((magnitudes[name][masks[name]].min() for name in ranked), default=torch.tensor(torch.inf))
@@ -189,7 +189,7 @@ def test_the_smallest_kept_magnitude_is_the_kthvalue_of_all(sparsity, dtype):
     weights = {"a": torch.randn(400, 331).to(dtype), "b": 0.1 * torch.randn(90, 411).to(dtype), "c": torch.randn(7)}
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     everything = torch.cat([weight.abs().flatten() for weight in weights.values()])
-    (budget,) = Global().budgets(sizes_of(weights), sparsity)
+    (budget,) = Global().budgets(shapes_of(weights), sparsity)
     threshold = everything.kthvalue(everything.numel() - budget.kept + 1).values
     masks = select_masks(weights, by_magnitude(weights), [budget], minimum_kept=0)
     chosen = torch.cat([weights[name].abs()[masks[name]] for name in weights])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selection_cases import by_magnitude, kept, sizes_of
+from selection_cases import by_magnitude, kept, shapes_of, sizes_of
 from sparsetwin.distributions import Global
 from sparsetwin.models import resnet50
 from sparsetwin.selection import select_masks
@@ -60,7 +60,7 @@ def weights():
 
 
 def test_resnet50_at_95_percent_keeps_exactly_1275146_of_25502912(weights):
-    budgets = Global().budgets(sizes_of(weights), 0.95)
+    budgets = Global().budgets(shapes_of(weights), 0.95)
     masks = select_masks(weights, by_magnitude(weights), budgets)
     assert (len(weights), sum(sizes_of(weights).values())) == (54, 25_502_912)
     assert sum(kept(masks).values()) == 1_275_146

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from selection_cases import DTYPES, assert_same, by_magnitude, by_value, kept, reference, select, sizes_of
+from selection_cases import DTYPES, assert_same, by_magnitude, by_value, kept, reference, select, shapes_of
 from sparsetwin.distributions import Budget, Global, Uniform
 from sparsetwin.errors import SelectionError
 from sparsetwin.selection import select_masks
@@ -21,7 +21,7 @@ def test_a_plain_global_ranking_empties_the_middle_of_an_mlp_and_the_floor_preve
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     weights = Targets().resolve(model)  # uniform in +-1/sqrt(inputs), so those of the middle layer are the smallest
     magnitudes = torch.cat([weight.detach().abs().flatten() for weight in weights.values()])
-    (budget,) = Global().budgets(sizes_of(weights), 0.9)
+    (budget,) = Global().budgets(shapes_of(weights), 0.9)
     threshold = magnitudes.kthvalue(magnitudes.numel() - budget.kept + 1).values
     plainly = {name: int((weight.abs() >= threshold).sum()) for name, weight in weights.items()}
     assert plainly["2.weight"] == 0 < min(plainly["0.weight"], plainly["4.weight"])

@@ -40,6 +40,12 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name, model): parameter for name, parameter in model.named_parameters()}
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, under its canonical name, in the model's own order."""
+    buffers = {canonical_name(name, model): buffer for name, buffer in model.named_buffers()}
+    return {**named_weights(model), **buffers}
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies in this process: a DTensor's shard, or the tensor itself."""
     to_local = getattr(tensor, "to_local", None)

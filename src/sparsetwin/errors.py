@@ -7,6 +7,7 @@
     ├── TargetError        parameters that cannot be pruned as asked                  (also a ValueError)
     ├── SelectionError     scores or budgets from which no mask can be chosen         (also a ValueError)
     ├── UsageError         a call that is missing or out of order                     (also a RuntimeError)
+    ├── AgreementError     processes that train together and have come apart          (also a RuntimeError)
     ├── StateError         saved state that does not fit the objects it is loaded in  (also a RuntimeError)
     ├── CheckpointError    a file that is missing, corrupted, truncated or foreign    (also a RuntimeError)
     ├── ConfigError        an unknown recipe, model, field or value                   (also a ValueError)
@@ -39,6 +40,10 @@ class SelectionError(SparsetwinError, ValueError):
 
 class UsageError(SparsetwinError, RuntimeError):
     """A call that is missing or out of order."""
+
+
+class AgreementError(SparsetwinError, RuntimeError):
+    """Processes that train together and have come apart."""
 
 
 class StateError(SparsetwinError, RuntimeError):

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsetwin._compat import local
 from sparsetwin.errors import UsageError
 
-ResetScope = Literal["all", "targets", "none"]
-"""Whose state is restored when weights come back: that of every parameter, of the targets alone, or of none."""
+ResetScope = Literal["all", "moments", "targets", "returned", "returned-mean", "none"]
+"""Whose state is restored when weights come back.
+
+``"all"``: every parameter's; ``"moments"``: every parameter's but for its step count; ``"targets"``: that of the
+targets; ``"returned"``: that of the returning weights alone, step counts stay; ``"returned-mean"``: the same, but where
+an optimizer scales updates by second moments, a returning weight begins with the mean of the weights that were kept;
+``"none"``: nobody's.
+"""
 
 ParameterState = dict[str, Any]
 """What an optimizer remembers of one parameter: key -> tensor or number."""
@@ -28,7 +35,7 @@ InitialStateRule = Callable[[ParameterState, Mapping[str, Any]], object]
 
 
 @torch.no_grad()
-def restore_initial_state_(optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
+def restore_initial_state_(optimizer: object, parameters: Iterable[nn.Parameter], *, keep_steps: bool = False) -> None:
     """Restore the optimizer's own initial state values for some parameters, in place.
 
     Tensors keep their identity, since CUDA graphs, compiled steps and distributed checkpoints hold on to them. Whether
@@ -46,6 +53,7 @@ def restore_initial_state_(optimizer: object, parameters: Iterable[nn.Parameter]
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper that `innermost` looks into.
         parameters: Whose state to restore; without state, or of another optimizer: nothing is done.
+        keep_steps: Leave step counts, and what is computed from them alone, as they are.
 
     Raises:
         UsageError: If the optimizer cannot forget single parameters (LBFGS), or has no rule and cannot do without one.
@@ -73,7 +81,81 @@ def restore_initial_state_(optimizer: object, parameters: Iterable[nn.Parameter]
     if rule is _BUILT_IN["SGD"]:
         _check_fused_sgd(optimizer, chosen)
     for parameter in chosen:
-        rule(optimizer.state[parameter], groups[parameter])
+        state = optimizer.state[parameter]
+        counts = {key: _copied(state[key]) for key in _COUNTS if key in state} if keep_steps else {}
+        rule(state, groups[parameter])
+        for key, value in counts.items():
+            state[key] = state[key].copy_(value) if isinstance(state[key], Tensor) else value
+
+
+@torch.no_grad()
+def restore_where_(
+    optimizer: object,
+    returned: Mapping[nn.Parameter, Tensor],
+    *,
+    like: Mapping[nn.Parameter, Tensor] | None = None,
+) -> None:
+    """Restore the optimizer's own initial state values for single weights, in place; step counts stay.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> restore_where_(optimizer, {weight: torch.tensor([True, False])})
+    >>> optimizer.state[weight]["momentum_buffer"]
+    tensor([0., 1.])
+
+    Args:
+        optimizer: A `torch.optim.Optimizer`, or a wrapper that `innermost` looks into.
+        returned: Parameter -> bool of its shape, True where a weight comes back.
+        like: Parameter -> bool of its shape: second moments of returning weights begin with the mean of those of the
+            weights that it marks, instead.
+
+    Raises:
+        UsageError: If the optimizer has no rule that says how its state begins.
+    """
+    optimizer = innermost(optimizer)
+    rule = _rule_of(type(optimizer))
+    if rule is None:
+        raise UsageError(
+            f"{type(optimizer).__name__} cannot forget single weights. {_how_to_register(type(optimizer))}"
+        )
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    chosen = [p for p in returned if p in groups and optimizer.state.get(p)]
+    if isinstance(rule, _InitialValues):
+        for parameter in chosen:
+            rule.check(optimizer.state[parameter], type(optimizer))
+    for parameter in chosen:
+        others = None if like is None else like[parameter]
+        _restore_where_(optimizer.state[parameter], groups[parameter], rule, returned[parameter], like=others)
+
+
+def _restore_where_(
+    state: ParameterState, group: Mapping[str, Any], rule: InitialStateRule, where: Tensor, *, like: Tensor | None
+) -> None:
+    """Apply a rule to a copy and take over what it made of the elements that ``where`` marks."""
+    begun = {key: _copied(value) for key, value in state.items()}
+    rule(begun, group)
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != where.shape or not where.ndim:
+            continue
+        initial = begun.get(key)
+        here = local(where)
+        values = local(value)
+        begins = local(initial) if isinstance(initial, Tensor) else torch.zeros((), device=here.device)
+        if like is not None and key in _SECOND_MOMENTS:
+            begins = _whole(torch.where(like, value, 0).sum()) / _whole(like.sum()).clamp(min=1)
+        values.copy_(torch.where(here, begins.to(values.dtype), values))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Return a sum over all of a DTensor's processes as an ordinary tensor."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
 
 
 def register_initial_state(optimizer_class: type[Optimizer], rule: InitialStateRule) -> None:
@@ -206,6 +288,8 @@ def _rule_of(optimizer_class: type[Optimizer]) -> InitialStateRule | None:
     return next((_RULES[base] for base in optimizer_class.__mro__ if base in _RULES), None)
 
 
+_COUNTS = ("step", "mu_product", "eta", "mu")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum")
 _STEP_COUNTS = ("step", "steps", "step_count", "num_steps", "k", "t")
 
 

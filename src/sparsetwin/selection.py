@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsetwin._compat import is_sharded
 from sparsetwin.distributions import Budget, check_budgets
 from sparsetwin.errors import SelectionError
+from sparsetwin.patterns import Pattern, Unstructured
 
 _DIGIT = 16  # bits that a histogram resolves
 _BINS = 1 << _DIGIT
@@ -33,6 +34,7 @@ _KEYS = {
 _LOWER = {2: np.uint8, 4: np.uint16, 8: np.int64}  # bytes of a key -> what holds all but its top 16 bits
 _LOWER_SHIFTS = {1: (), 2: (0,), 8: (32, 16, 0)}  # bytes of that -> where its 16-bit digits begin, the top one first
 _IN_BIN = 2  # mark of a key in the bin where the cut lies; 1 is above it and kept, 0 below it and pruned
+_UNSTRUCTURED = Unstructured()
 
 ScoreOf = Callable[[str], Tensor]
 _Array = NDArray[Any]
@@ -41,12 +43,18 @@ _Piece = Any  # a numpy array on a CPU, a tensor elsewhere; only operators that 
 
 @torch.no_grad()
 def select_masks(
-    weights: Mapping[str, Tensor], score: ScoreOf, budgets: Sequence[Budget], *, minimum_kept: int = 1
+    weights: Mapping[str, Tensor],
+    score: ScoreOf,
+    budgets: Sequence[Budget],
+    *,
+    minimum_kept: int = 1,
+    pattern: Pattern = _UNSTRUCTURED,
 ) -> dict[str, Tensor]:
     """Keep the best-scored weights of each budget, exactly as many as it says.
 
     A layer that the ranking would leave with fewer than ``minimum_kept`` weights keeps its best ``minimum_kept``; the
-    others rank for the rest of the budget.
+    others rank for the rest of the budget. Where a pattern makes weights live and die in groups, whole groups are kept:
+    of N:M as many as the pattern says, of blocks and channels the number that comes nearest to the budget.
 
     >>> weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 2.0]]), "b": torch.tensor([0.5, 0.1])}
     >>> select_masks(weights, lambda name: weights[name].abs(), [Budget(("a", "b"), kept=3)])
@@ -60,26 +68,33 @@ def select_masks(
             same each time.
         budgets: Which layers compete, and for how many weights. A layer in none of them gets no mask.
         minimum_kept: Weights that every layer keeps; a smaller layer keeps all it has.
+        pattern: Which weights live and die together.
 
     Returns:
         Canonical name -> bool mask of the weight's shape and memory format, in the order of ``weights``.
 
     Raises:
         SelectionError: If a score is NaN, of another shape than its weight or not a float; if a budget is less than
-            its layers' minimum or more than their weights; if a layer is unknown or in two budgets.
+            its layers' minimum or more than their weights; if a layer is unknown or in two budgets; if the groups of
+            the pattern do not divide a layer, or a budget does not agree with N:M.
+        UsageError: If weights are sharded in a way in which the pattern cannot be chosen.
     """
     _check_names(weights, budgets)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     check_budgets(tuple(budgets), sizes, minimum_kept=minimum_kept)
+    read = _checked(weights, score)
+    if not isinstance(pattern, Unstructured):
+        from sparsetwin.grouped_selection import select_grouped_masks  # loaded by those who ask for a pattern
+
+        return select_grouped_masks(weights, read, budgets, minimum_kept=minimum_kept, pattern=pattern)
     if any(is_sharded(weight) for weight in weights.values()):
         from sparsetwin.sharded_selection import select_sharded_masks  # loads torch.distributed.tensor
 
         return select_sharded_masks(weights, score, budgets, minimum_kept=minimum_kept)
-    read = _reader(weights, score)
     masks: dict[str, Tensor] = {}
     for budget in budgets:
         floors = {name: min(minimum_kept, sizes[name]) for name in budget.names}
-        flat = _select(budget, floors, read)
+        flat = _select(budget, floors, lambda name: read(name).reshape(-1))
         masks |= {name: _like(weights[name], flat.pop(name)) for name in budget.names}
     return {name: masks[name] for name in weights if name in masks}
 
@@ -110,8 +125,8 @@ def _check_names(weights: Mapping[str, Tensor], budgets: Sequence[Budget]) -> No
         seen.add(name)
 
 
-def _reader(weights: Mapping[str, Tensor], score: ScoreOf) -> ScoreOf:
-    """Return a function that gives a layer's scores checked, flat and row-major."""
+def _checked(weights: Mapping[str, Tensor], score: ScoreOf) -> ScoreOf:
+    """Return a function that gives a layer's scores, once their shape and dtype are known to be right."""
 
     def read(name: str) -> Tensor:
         scores = score(name).detach()
@@ -123,7 +138,7 @@ def _reader(weights: Mapping[str, Tensor], score: ScoreOf) -> ScoreOf:
             raise SelectionError(
                 f"the scores of {name} have dtype {scores.dtype}; expected a float of 16, 32 or 64 bits"
             )
-        return scores.reshape(-1)
+        return scores
 
     return read
 

@@ -1,13 +1,12 @@
 """Which parameters may be pruned: chosen by name, glob, ``re:`` expression or module class."""
 
-import fnmatch
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from sparsetwin._compat import canonical_name, named_weights
+from sparsetwin._matching import name_matcher
 from sparsetwin.errors import TargetError, nearest
 
 Selector = str | type[nn.Module]
@@ -99,7 +98,7 @@ def _match(selector: Selector, uses: Iterable[_Use]) -> set[nn.Parameter]:
         found = {use.parameter for use in uses if isinstance(use.module, selector) and use.attribute == "weight"}
         shown = selector.__name__
     else:
-        matches = _name_matcher(selector)
+        matches = name_matcher(selector)
         found = {use.parameter for use in uses if matches(use.name)}
         shown = repr(selector)
     if not found:
@@ -107,18 +106,6 @@ def _match(selector: Selector, uses: Iterable[_Use]) -> set[nn.Parameter]:
         hint = nearest(selector, names) if isinstance(selector, str) else ""
         raise TargetError(f"{shown} matches no parameter of the model{hint or '; it has ' + _some(names)}")
     return found
-
-
-def _name_matcher(selector: str) -> Callable[[str], bool]:
-    if selector.startswith("re:"):
-        try:
-            pattern = re.compile(selector[3:])
-        except re.error as error:
-            raise TargetError(f"{selector!r} is not a regular expression: {error}") from error
-        return lambda name: pattern.fullmatch(name) is not None
-    if any(character in selector for character in "*?["):
-        return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in (selector, f"{selector}.weight"))
-    return lambda name: name in (selector, f"{selector}.weight")
 
 
 def _is_depthwise(module: nn.Module) -> bool:

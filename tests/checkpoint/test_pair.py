@@ -62,7 +62,7 @@ def test_members_are_listed_with_what_they_are(saved, sparse_view):
     }  # fmt: skip
     listed = json.loads((saved.folder / "pair.json").read_text())
     assert [Member(**member) for member in listed["members"]] == [dense, sparse]
-    assert sorted(path.name for path in saved.folder.iterdir()) == [dense.file, "pair.json", sparse.file]
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["README.md", dense.file, "pair.json", sparse.file]
 
 
 def test_equal_runs_give_equal_bytes(tmp_path, network, pruned, dense_view, sparse_view):
@@ -157,14 +157,14 @@ def test_a_member_is_renamed_and_copied(saved, network, pruned, same_bits):
     same_bits(saved.load("dense-raw", pruned).state_dict(), network.state_dict())
     same_bits(saved.load("sparse-best", network).state_dict(), pruned.state_dict())
     assert saved.members["sparse-best"].metrics == {"accuracy": 0.5}
-    assert len(list(saved.folder.iterdir())) == 4
+    assert len(list(saved.folder.iterdir())) == 5
     saved.rename("sparse-best", "sparse-best")
     saved.copy("dense-raw", "sparse-best")  # in place of the member of that name
     saved.rename("dense-raw", "sparse")
     assert list(saved.members) == ["sparse", "sparse-best"]
     same_bits(saved.sparse(pruned).state_dict(), network.state_dict())
     saved.verify()
-    assert len(list(saved.folder.iterdir())) == 3
+    assert len(list(saved.folder.iterdir())) == 4
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".x", "-x", "Dense", "a b", "x" * 101, "a\\b", "é", "x\n"])

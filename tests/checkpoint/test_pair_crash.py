@@ -195,7 +195,7 @@ for attempt in range(20):
     assert all(bool(tensor.eq(step).all()) for tensor in pair.dense(model(0)).state_dict().values())
     pair.verify()
 pair.save(model(step), View(step))
-assert len(os.listdir(sys.argv[1])) == 2, os.listdir(sys.argv[1])
+assert len(os.listdir(sys.argv[1])) == 3, os.listdir(sys.argv[1])
 print("as promised")
 """
 

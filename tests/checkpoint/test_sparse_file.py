@@ -1,5 +1,6 @@
 import json
 import struct
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -109,12 +110,18 @@ def test_the_layout_is_the_documented_one(tmp_path):
     assert parts["w.values"].tolist() == [1.5, 0.0, -2.0]
     assert parts["w.bitmask"].tolist() == [0b101010]
     assert torch.equal(unpack_mask(parts["w.bitmask"], shape=(2, 3)), mask)
-    with safe_open(tmp_path / "f", framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata == {
-        "sparsetwin": '{"card":{"step":7},"shared":{},"sparse":{"w":{"dtype":"float32","encoding":"bitmask",'
-        '"shape":[2,3]}},"version":1}'
+    sums = {
+        "n": zlib.crc32(b"I64[]" + struct.pack("<q", 3)),
+        "w.bitmask": zlib.crc32(b"U8[1]" + bytes([0b101010])),
+        "w.values": zlib.crc32(b"F32[3]" + struct.pack("<fff", 1.5, 0.0, -2.0)),
     }
+    checked = (
+        f'{{"card":{{"step":7}},"crc32":{json.dumps(sums, separators=(",", ":"))},%s"shared":{{}},'
+        '"sparse":{"w":{"dtype":"float32","encoding":"bitmask","shape":[2,3]}},"version":1}'
+    )
+    own = zlib.crc32((checked % "").encode())
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        assert file.metadata() == {"sparsetwin": checked % f'"crc32_of_metadata":{own},'}
 
 
 def test_tensors_lie_aligned_in_the_file(tmp_path):

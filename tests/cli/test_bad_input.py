@@ -13,7 +13,7 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "flag": (("train", "--optimizer.learning-rate", "1"), "Unrecognized options: --optimizer.learning-rate"),
     "flag's nearest": (("train", "--schedule.sparsty", ".5"), "--schedule.sparsity"),
     "value": (("train", "--epochs", "many"), "invalid literal for int"),
-    "choice": (("train", "--method.name", "acd"), "invalid choice 'acd'"),
+    "choice": (("train", "--method.name", "acd"), "unknown method 'acd'"),
     "field": (("train", "--epochs", "0"), "epochs needs to be at least 1, got 0"),
     "learning rate": (("train", "--optimizer.lr", "-1"), "lr needs to be a finite number that is not negative"),
     "nan": (("train", "--train.checkpoint-epochs", "nan"), "checkpoint_epochs needs to be positive, got nan"),

@@ -55,7 +55,7 @@ def compare(rank: int, world_size: int) -> list[str]:
                         wrong.append(f"{name}: indices of {n}")
                 for sparsity in SPARSITIES:
                     for distribution in (Global(), Uniform()):
-                        budgets = distribution.budgets({n: w.numel() for n, w in whole.items()}, sparsity)
+                        budgets = distribution.budgets({n: w.shape for n, w in whole.items()}, sparsity)
                         expected = select_masks(whole, lambda n, w=whole: w[n].abs(), budgets)
                         found = select_masks(sharded, lambda n, w=sharded: w[n].abs(), budgets)
                         for n, mask in found.items():
@@ -86,7 +86,7 @@ def count_bytes(rank: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for distribution in (Global(), Uniform()):
         sent[0] = 0
-        budgets = distribution.budgets({n: w.numel() for n, w in whole.items()}, 0.9)
+        budgets = distribution.budgets({n: w.shape for n, w in whole.items()}, 0.9)
         select_masks(sharded, lambda n: sharded[n].abs(), budgets)
         found[type(distribution).__name__] = sent[0]
     return found | {"layers": len(whole)}
@@ -104,9 +104,7 @@ def select_nan(rank: int) -> str:
     whole["b"][7, 7] = torch.nan  # on the last process only
     sharded = {n: distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for n, w in whole.items()}
     try:
-        select_masks(
-            sharded, lambda n: sharded[n].abs(), Global().budgets({n: w.numel() for n, w in whole.items()}, 0.5)
-        )
+        select_masks(sharded, lambda n: sharded[n].abs(), Global().budgets({n: w.shape for n, w in whole.items()}, 0.5))
     except ValueError as error:
         return str(error)
     return ""

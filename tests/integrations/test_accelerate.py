@@ -125,3 +125,16 @@ def test_a_state_that_was_saved_without_a_sparsifier_is_refused(tokens: Tensor, 
     Run(tokens, sparse=False).accelerator.save_state(str(tmp_path))
     with pytest.raises(RuntimeError, match="Registered objects: 1"):
         Run(tokens).accelerator.load_state(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("DEEPSPEED", "DeepSpeed flattens parameters.*fsdp_version=2"), ("MEGATRON_LM", "Megatron-LM splits layers")],
+)
+def test_engines_that_cannot_be_served_are_refused_with_what_to_use_instead(kind: str, message: str):
+    """They are not installed here, so only what Accelerate says of the run is set."""
+    run = Run(torch.zeros(900, dtype=torch.int64), sparse=False)
+    run.accelerator.state.distributed_type = accelerate.DistributedType[kind]
+    with pytest.raises(UsageError, match=message):
+        prepare(run.accelerator, st.ACDC(schedule=SCHEDULE), run.model, run.optimizer)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

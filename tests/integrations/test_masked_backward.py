@@ -51,6 +51,23 @@ def test_nan_in_the_gradient_of_a_pruned_weight_is_masked_too():
     assert model[0].weight.grad.isfinite().all()
 
 
+def test_gradients_that_a_method_grows_weights_by_are_left_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = st.schedules.periodic(sparsity=0.8, total_steps=6, every_steps=2)
+    sparsifier = st.Sparsifier(st.RigL(schedule=schedule), model, optimizer)
+    MaskedBackward(sparsifier)
+    for step in range(6):
+        sparsifier.begin_step()
+        assert sparsifier.awaits_gradients == (step in (2, 4))
+        model(torch.randn(8, 20)).square().sum().backward()
+        assert (alive(sparsifier) > 0) == (step in (2, 4))
+        optimizer.step()
+        assert not sparsifier.awaits_gradients
+        optimizer.zero_grad()
+
+
 @pytest.fixture
 def port() -> int:
     with socket.socket() as free:

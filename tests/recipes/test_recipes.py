@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import sparsetwin as st
 from sparsetwin.data import Cifar10, Cifar100, ImageNet
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, check_recipe, find_recipe, recipe_from_plain
@@ -75,7 +76,9 @@ class TestPublished:
     @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("digits", "charlm-gpt")])
     def test_all_reset_every_momentum_and_rank_globally(self, name: str) -> None:
         method = RECIPES[name]().method
-        assert (method.name, method.distribution, method.reset) == ("acdc", "global", "all")
+        built = method.build(RECIPES[name]().schedule, steps_per_epoch=10, epochs=RECIPES[name]().train.epochs)
+        assert isinstance(built, st.ACDC)
+        assert (built.distribution, built.reset, built.score) == (st.Global(), "all", "magnitude")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,6 +1,7 @@
 """Small networks, data and training runs for the tests of sparsification."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels of a step, always the same."""
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randn(6, 1, 6, 6, generator=generator), torch.randint(4, (6,), generator=generator)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """The loss on the batch of a step."""
+    inputs, labels = batch(step)
+    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def sgd(model: nn.Module) -> Optimizer:
@@ -57,6 +64,7 @@ class Run:
         model = network(seed) if model is None else model
         optimizers = make_optimizers(model)
         optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        arguments.setdefault("gradient_pass", lambda index: loss_of(model, 1000 + index).backward())
         return cls(model, optimizers, st.Sparsifier(method or acdc(), model, optimizers, **arguments))
 
     @property
@@ -68,9 +76,22 @@ class Run:
         return dict(self.sparsifier.weights)
 
     def backward(self, step: int | None = None) -> None:
-        self.sparsifier.begin_step()
-        inputs, labels = batch(self.sparsifier.steps if step is None else step)
-        nn.functional.cross_entropy(self.model(inputs), labels).backward()
+        step = self.sparsifier.steps if step is None else step
+        if self.sparsifier.method.needs_closure:
+            self.sparsifier.backward(self.closure(step))
+        else:
+            self.sparsifier.begin_step()
+            loss_of(self.model, step).backward()
+
+    def closure(self, step: int) -> Callable[[], Tensor]:
+        """What runs forward and backward over the batch of a step."""
+
+        def closure() -> Tensor:
+            loss = loss_of(self.model, step)
+            loss.backward()
+            return loss
+
+        return closure
 
     def step(self) -> None:
         self.backward()

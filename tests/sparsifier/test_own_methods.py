@@ -1,7 +1,6 @@
 """The rules that a method of one's own may give, beyond `enter`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -25,7 +24,8 @@ def largest_half(tensors) -> dict[str, torch.Tensor]:
 class LargestGradients(Method):
     """Keep the weights with the largest gradients, which exist between backward and update only."""
 
-    needs_gradients: ClassVar[bool] = True
+    def needs_gradients(self, phase: Phase) -> bool:
+        return True
 
     def enter(self, phase: Phase, state: SparseState) -> dict[str, torch.Tensor]:
         return largest_half(state.gradients) if phase.is_sparse else {}
@@ -94,7 +94,9 @@ def test_a_method_that_needs_gradients_resumes_with_the_same_bits(steps):
 class Remembering(Method):
     """Sum gradients up, shrink weights after each update, prune at random."""
 
-    draws: ClassVar[bool] = True
+    @property
+    def draws(self) -> bool:
+        return True
 
     def enter(self, phase: Phase, state: SparseState) -> dict[str, torch.Tensor]:
         if not phase.is_sparse:
@@ -110,8 +112,8 @@ class Remembering(Method):
         for weight in state.weights.values():
             weight.add_(0.001)  # pruned ones too: masking comes later
 
-    def project(self, name: str, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, weight.clamp(-0.25, 0.25), 0)
+    def project(self, name: str, state: SparseState) -> torch.Tensor:
+        return torch.where(state.masks[name], state.weights[name].clamp(-0.25, 0.25), 0)
 
 
 def two_optimizers(model):

@@ -48,11 +48,67 @@ class Row:
 
 DENSE = st.schedules.constant(sparsity=0.0, total_steps=5)
 ALWAYS_SPARSE = st.schedules.phases([(4, 0.6), (4, 0.9), (4, 0.6)])
+RAMP = st.schedules.ramped(st.schedules.phases([(2, 0.0), (4, 0.8), (2, 0.0), (4, 0.8)]), ramp_steps=3, prunings=3)
+GRADUAL = st.schedules.gradual(sparsity=0.8, total_steps=10, start_step=2, stop_step=7, every_steps=2)
+SPARSE = st.schedules.constant(sparsity=0.8, total_steps=6)
+ROUNDS = st.schedules.rounds(sparsity=0.8, count=2, round_steps=5, rewind_step=2)
+PERIODIC = st.schedules.periodic(sparsity=0.8, total_steps=10, every_steps=3, stop_step=8)
+FROM_HALF = st.schedules.phases([(2, 0.5), (2, 0.7), (2, 0.8), (3, 0.8)])
+PER_LAYER = st.PerLayer({"0.weight": 0.1, "4.weight": 0.8, "6.*": 0.5})
+CUT = st.schedules.phases([(6, 0.0), (3, 0.8)])
+NO_COUNT = frozenset({"test_exactly_the_requested_number_is_kept_and_the_others_are_exactly_zero"})
 ROWS = {
     "acdc": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE)),
     "acdc-uniform": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, distribution=st.Uniform()), kept=in_each_layer),
     "acdc-without-reset": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, reset="none")),
     "acdc-without-dense-phases": Row("acdc", lambda: st.ACDC(schedule=ALWAYS_SPARSE, reset="targets")),
+    "acdc-movement": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, score="movement")),
+    "acdc-sensitivity": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, score="sensitivity")),
+    "acdc-fisher": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, score="fisher", reset="returned")),
+    "acdc-random": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, score="random", reset="moments")),
+    "acdc-erk-rescaled": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, distribution=st.ERK(), rescale="l2")),
+    "acdc-per-layer": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, distribution=PER_LAYER, reset="returned-mean")),
+    "acdc-ramp": Row("acdc", lambda: st.ACDC(schedule=RAMP)),
+    "acdc-ham": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, ham=st.HAM())),
+    "gmp": Row("gmp", lambda: st.GMP(schedule=GRADUAL)),
+    "gmp-movement": Row("gmp", lambda: st.GMP(schedule=GRADUAL, score="movement", distribution=st.ERK())),
+    "oneshot": Row("oneshot", lambda: st.OneShot(schedule=st.schedules.phases([(3, 0.0), (4, 0.8)]))),
+    "oneshot-pretrained": Row("oneshot", lambda: st.OneShot(schedule=SPARSE, score="sensitivity")),
+    "static": Row("static", lambda: st.Static(schedule=SPARSE)),
+    "static-uniform": Row("static", lambda: st.Static(schedule=SPARSE, distribution=st.Uniform()), kept=in_each_layer),
+    "snip": Row("snip", lambda: st.SNIP(schedule=SPARSE)),
+    "snip-sampled": Row("snip", lambda: st.SNIP(schedule=SPARSE, samples=3)),
+    "imp": Row("imp", lambda: st.IMP(schedule=ROUNDS)),
+    "imp-learning-rate": Row("imp", lambda: st.IMP(schedule=ROUNDS, rewind="learning-rate")),
+    "set": Row("set", lambda: st.SET(schedule=PERIODIC)),
+    "set-uniform": Row("set", lambda: st.SET(schedule=PERIODIC, distribution=st.Uniform()), kept=in_each_layer),
+    "rigl": Row("rigl", lambda: st.RigL(schedule=PERIODIC)),
+    "rigl-constant": Row("rigl", lambda: st.RigL(schedule=PERIODIC, decay="constant", drop_fraction=0.5)),
+    "granet": Row("granet", lambda: st.GraNet(schedule=GRADUAL)),
+    "granet-from-half": Row("granet", lambda: st.GraNet(schedule=FROM_HALF, distribution=st.ERK())),
+    "woodfisher": Row("woodfisher", lambda: st.WoodFisher(schedule=GRADUAL, samples=3, block_size=7)),
+    "woodfisher-uniform": Row(
+        "woodfisher",
+        lambda: st.WoodFisher(schedule=SPARSE, samples=2, distribution=st.Uniform(), repair="summed"),
+        kept=in_each_layer,
+    ),
+    "cram": Row("cram", lambda: st.CrAM(schedule=CUT)),
+    "cram-one-gradient": Row("cram", lambda: st.CrAM(schedule=CUT, plus=False, sparse_gradients=False, rho=0.2)),
+    "topkast": Row("topkast", lambda: st.TopKAST(schedule=SCHEDULE), kept=in_each_layer),
+    "topkast-global": Row("topkast", lambda: st.TopKAST(schedule=SCHEDULE, distribution=st.Global(), every_steps=2)),
+    "str": Row("str", lambda: st.STR(schedule=SCHEDULE, initial=-3.0), exceptions=NO_COUNT),
+    "str-cut": Row(
+        "str",
+        lambda: st.STR(schedule=SCHEDULE, initial=-3.0, threshold="exp", threshold_decay=0.1, exact_final=True),
+        exceptions=NO_COUNT,
+    ),
+    "st3": Row("st3", lambda: st.ST3(schedule=SCHEDULE)),
+    "st3-sigma": Row("st3", lambda: st.ST3(schedule=GRADUAL, sigma=True, every_steps=2)),
+    "st3-uniform": Row(
+        "st3",
+        lambda: st.ST3(schedule=SPARSE, rescale=False, distribution=st.Uniform(), ham=st.HAM()),
+        kept=in_each_layer,
+    ),
     "dense": Row("dense", lambda: st.Dense(schedule=DENSE)),
 }
 OPTIMIZERS = {"sgd": sgd, "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)}

@@ -183,7 +183,7 @@ def test_distributed_data_parallel_gives_the_bits_of_the_bare_model(one_process)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reset": "momentum"}, "reset is one of all, targets, none, got 'momentum'"),
+        ({"reset": "momentum"}, "reset is one of all, moments, targets, returned, returned-mean, none, got 'momentum'"),
         ({"minimum_kept": 0}, "minimum_kept is at least 1"),
         ({"distribution": "uniform"}, r"a distribution such as Global\(\) or Uniform\(\)"),
         ({"pattern": "2:4"}, r"a pattern such as Unstructured\(\)"),

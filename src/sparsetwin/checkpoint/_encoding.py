@@ -1,37 +1,24 @@
 """How tensors and masks become the parts of a file and come back; `sparse_file` documents the format."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from sparsetwin.checkpoint._layout import DTYPE_NAMES, DTYPES, VERSION, Contents, Layout, encoding_of, part_names
 from sparsetwin.checkpoint._plain import JSON
 from sparsetwin.checkpoint._safetensors import Entry, Reader, check_storable, count, row_major
+from sparsetwin.checkpoint._values import Values, channel_scales, channels, check_fits, narrowed, round_values, widen
 from sparsetwin.errors import CheckpointError, StateError, nearest
 from sparsetwin.masking import Masks, count_pruned_nonzero, pack_mask, unpack_mask
 
-VERSION = 1
-ENCODING = "bitmask"
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # of the same width: they carry every bit, also of a NaN
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file's metadata says, checked against the tensors that it holds."""
-
-    sparse: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape of the dense tensor
-    stored: tuple[str, ...]  # names of the tensors stored as they are
-    shared: dict[str, str]  # name -> the name under which its tensor is stored
-    card: dict[str, JSON]
-
-
-def parts(name: str) -> tuple[str, str]:
-    """Return the names of a sparse tensor's bits and values."""
-    return f"{name}.bitmask", f"{name}.values"
+_INTEGERS = {
+    8: torch.int64,
+    4: torch.int32,
+    2: torch.int16,
+    1: torch.int8,
+}  # of the same width: they carry every bit, also of a NaN
 
 
 def owners(tensors: Mapping[str, Tensor], masks: Masks) -> dict[str, str]:
@@ -60,64 +47,49 @@ def check_tensors(tensors: Mapping[str, Tensor], masks: Masks) -> None:
         if mask.shape != tensor.shape or mask.dtype != torch.bool:
             found = f"{tuple(mask.shape)}, {mask.dtype}"
             raise StateError(f"the mask of {name} should be {tuple(tensor.shape)}, torch.bool; got {found}")
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise StateError(f"{name} has a mask and dtype {tensor.dtype}; expected one of {', '.join(_DTYPES)}")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise StateError(f"{name} has a mask and dtype {tensor.dtype}; expected one of {', '.join(DTYPES)}")
     for name, owner in owners(tensors, masks).items():
         if name in masks and not torch.equal(masks[name], masks[owner]):
             raise StateError(f"{name} and {owner} are one tensor with two different masks")
 
 
-def encode(
-    tensors: Mapping[str, Tensor], masks: Masks, card: Mapping[str, JSON]
-) -> tuple[list[Entry], dict[str, JSON]]:
-    """Return the parts of a file and its metadata.
+def check_zeros(tensors: Mapping[str, Tensor], masks: Masks) -> None:
+    """Refuse weights that a file of kept values would lose.
 
     Raises:
-        StateError: As `check_tensors` does, and if a pruned element is not zero.
+        StateError: If a pruned element is not zero.
     """
-    check_tensors(tensors, masks)
     nonzero = count_pruned_nonzero(tensors, {name: mask.to(tensors[name].device) for name, mask in masks.items()})
     if nonzero:
         listed = ", ".join(f"{name} ({number})" for name, number in sorted(nonzero.items()))
         raise StateError(f"pruned elements that are not zero would be lost: {listed}; apply the masks before saving")
+
+
+def encode(
+    tensors: Mapping[str, Tensor], masks: Masks, card: Mapping[str, JSON], *, values: Values = "exact"
+) -> tuple[list[Entry], dict[str, JSON]]:
+    """Return the parts of a file and its metadata.
+
+    Raises:
+        StateError: As `check_tensors` and `check_zeros` do, and if a value is too large for the form asked for.
+    """
+    check_tensors(tensors, masks)
+    check_zeros(tensors, masks)
     owner_of = owners(tensors, masks)
     entries: list[Entry] = []
     sparse: dict[str, JSON] = {}
     for name in set(owner_of.values()):
         tensor = tensors[name]
         if name in masks:
-            entries += _sparse_entries(name, tensor, masks[name])
-            sparse[name] = {
-                "encoding": ENCODING, "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)
-            }  # fmt: skip
+            check_fits(name, tensor, values)
+            layout = Layout(tensor.dtype, tuple(tensor.shape), encoding_of(narrowed(values, tensor.dtype)))
+            entries += _sparse_entries(name, tensor, masks[name], layout)
+            sparse[name] = layout.plain()
         else:
             entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), partial(row_major, tensor)))
     shared: dict[str, JSON] = {name: owner for name, owner in owner_of.items() if owner != name}
     return entries, {"version": VERSION, "sparse": sparse, "shared": shared, "card": dict(card)}
-
-
-def parse(reader: Reader) -> Contents:
-    """Return what the metadata says, when names, dtypes, shapes and sizes agree with the file's tensors.
-
-    Raises:
-        CheckpointError: If they do not, saying where, or the version is unknown.
-    """
-    version = reader.metadata.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise CheckpointError(f"{reader.path} has format version {version!r}, this library reads version {VERSION}")
-    sparse = {name: _sparse_layout(reader, name, layout) for name, layout in _object(reader, "sparse").items()}
-    taken = {part for name in sparse for part in parts(name)}
-    stored = tuple(name for name in reader.names if name not in taken)
-    for name in stored:
-        reader.layout(name)
-        if name in sparse:
-            raise CheckpointError(f"{reader.path}: {name} is stored both dense and sparse")
-    shared: dict[str, str] = {}
-    for name, owner in _object(reader, "shared").items():
-        if name in sparse or name in stored or not isinstance(owner, str) or not (owner in sparse or owner in stored):
-            raise CheckpointError(f"{reader.path}: {name} should share the tensor of {owner!r}, which cannot be")
-        shared[name] = owner
-    return Contents(sparse, stored, shared, _object(reader, "card"))
 
 
 def decode_mask(reader: Reader, contents: Contents, name: str) -> Tensor:
@@ -126,10 +98,9 @@ def decode_mask(reader: Reader, contents: Contents, name: str) -> Tensor:
     Raises:
         CheckpointError: If its bits and its values do not agree.
     """
-    _, shape = contents.sparse[name]
-    bits, values = parts(name)
+    bits, values, _ = part_names(name)
     try:
-        mask = unpack_mask(reader.read(bits), shape=shape)
+        mask = unpack_mask(reader.read(bits), shape=contents.sparse[name].shape)
     except StateError as error:
         raise CheckpointError(f"{reader.path}: the bits of {name}: {error}") from error
     kept = count(reader.layout(values)[1])
@@ -138,71 +109,92 @@ def decode_mask(reader: Reader, contents: Contents, name: str) -> Tensor:
     return mask
 
 
-def decode(reader: Reader, contents: Contents, masks: Masks) -> Iterator[tuple[str, Tensor]]:
+def decode_one(
+    reader: Reader, contents: Contents, name: str, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return one stored tensor in dense form, in memory of its own.
+
+    Args:
+        reader: The open file.
+        contents: What `parse` returned for it.
+        name: One under which a tensor is stored.
+        mask: Its mask, if that was decoded before.
+        dtype: What a floating-point tensor is converted to; None leaves it its own.
+    """
+    if name not in contents.sparse:
+        tensor = reader.read(name)
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    layout = contents.sparse[name]
+    mask = decode_mask(reader, contents, name) if mask is None else mask
+    values = _widened(reader, name, layout, mask)
+    if dtype is not None:
+        values = values.to(dtype)
+    return scatter(values, mask)
+
+
+def decode(
+    reader: Reader, contents: Contents, masks: Masks, *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor in dense form, one at a time; tied ones one after the other.
 
     Args:
         reader: The open file.
         contents: What `parse` returned for it.
         masks: Masks that were decoded before; the others are decoded when needed.
+        dtype: What floating-point tensors are converted to; None leaves them their own.
     """
-    names: dict[str, list[str]] = {name: [name] for name in sorted([*contents.stored, *contents.sparse])}
-    for name in sorted(contents.shared):
-        names[contents.shared[name]].append(name)
-    for owner, group in names.items():
-        if owner in contents.sparse:
-            mask = masks[owner] if owner in masks else decode_mask(reader, contents, owner)
-            dtype, shape = contents.sparse[owner]
-            tensor = torch.zeros(shape, dtype=dtype)
-            integers = _INTEGERS[dtype.itemsize]
-            tensor.view(integers).view(-1)[mask.view(-1)] = reader.read(parts(owner)[1]).view(integers)
-        else:
-            tensor = reader.read(owner)
+    for owner, group in contents.groups().items():
+        tensor = decode_one(reader, contents, owner, mask=masks.get(owner), dtype=dtype)
         for name in group:
             yield name, tensor
+        del tensor  # before the next one is made
 
 
-def _sparse_entries(name: str, tensor: Tensor, mask: Tensor) -> list[Entry]:
-    bits, values = parts(name)
-    return [
+def _widened(reader: Reader, name: str, layout: Layout, mask: Tensor) -> Tensor:
+    """Return the kept values in the weight's own dtype."""
+    _, values, scales = part_names(name)
+    stored = reader.read(values)
+    if stored.dtype == layout.dtype:
+        return stored
+    read_scales = reader.read(scales) if layout.has_scales else None
+    return widen(stored, layout.dtype, scales=read_scales, counts=_counts(mask))
+
+
+def _counts(mask: Tensor) -> Tensor:
+    """Return how many weights each channel keeps."""
+    rows = channels(tuple(mask.shape))
+    return mask.reshape(rows, -1).sum(1) if mask.numel() else torch.zeros(rows, dtype=torch.int64)
+
+
+def _sparse_entries(name: str, tensor: Tensor, mask: Tensor, layout: Layout) -> list[Entry]:
+    bits, values, scales = part_names(name)
+    entries = [
         Entry(bits, torch.uint8, ((tensor.numel() + 7) // 8,), lambda: pack_mask(mask)),
-        Entry(values, tensor.dtype, (int(mask.sum()),), lambda: _kept_values(tensor, mask)),
+        Entry(values, layout.value_dtype, (int(mask.sum()),), lambda: _values_of(tensor, mask, layout)),
     ]
+    if layout.has_scales:
+        rows = channels(layout.shape)
+        entries.append(Entry(scales, torch.float32, (rows,), lambda: channel_scales(tensor)))
+    return entries
 
 
-def _kept_values(tensor: Tensor, mask: Tensor) -> Tensor:
+def _values_of(tensor: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+    kept = kept_values(tensor, mask)
+    if layout.value_dtype == layout.dtype:
+        return kept
+    scales = channel_scales(tensor) if layout.has_scales else None
+    return round_values(kept, layout.value_dtype, scales=scales, counts=_counts(mask.cpu()))
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Return a tensor of the mask's shape with the values where it keeps, bit for bit, and zeros elsewhere."""
+    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    integers = _INTEGERS[values.itemsize]
+    dense.view(integers).view(-1).masked_scatter_(mask.view(-1), values.view(integers))
+    return dense
+
+
+def kept_values(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return the kept elements bit for bit, row-major, on the CPU."""
     integers = row_major(tensor).view(_INTEGERS[tensor.itemsize])
     return integers.view(-1)[mask.cpu().reshape(-1)].view(tensor.dtype)
-
-
-def _sparse_layout(reader: Reader, name: str, layout: JSON) -> tuple[torch.dtype, tuple[int, ...]]:
-    where = f"{reader.path}: the sparse tensor {name}"
-    if not isinstance(layout, dict):
-        raise CheckpointError(f"{where} should have encoding, dtype and shape, got {layout!r}")
-    if layout.get("encoding") != ENCODING:  # first, since another encoding may have other keys
-        raise CheckpointError(f"{where} is encoded as {layout.get('encoding')!r}, this library reads {ENCODING!r}")
-    if set(layout) != {"encoding", "dtype", "shape"}:
-        raise CheckpointError(f"{where} should have encoding, dtype and shape, got {layout!r}")
-    dtype = _DTYPES.get(str(layout["dtype"]))
-    if dtype is None:
-        raise CheckpointError(f"{where} has dtype {layout['dtype']!r}; known: {', '.join(_DTYPES)}")
-    shape = layout["shape"]
-    if not isinstance(shape, list):
-        raise CheckpointError(f"{where} has the shape {shape!r}, expected a list")
-    sizes = tuple(size for size in shape if isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63)
-    if len(sizes) != len(shape):
-        raise CheckpointError(f"{where} has the shape {shape!r}, expected whole numbers, 0 or more")
-    missing = [part for part in parts(name) if part not in reader.names]
-    if missing:
-        raise CheckpointError(f"{where} lacks {' and '.join(missing)}")
-    bits, values = (reader.layout(part) for part in parts(name))
-    if bits != (torch.uint8, ((count(sizes) + 7) // 8,)) or values[0] != dtype or len(values[1]) != 1:
-        raise CheckpointError(f"{where} of shape {list(sizes)} and {dtype} has bits {bits} and values {values}")
-    return dtype, sizes
-
-
-def _object(reader: Reader, key: str) -> dict[str, JSON]:
-    value = reader.metadata.get(key)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{reader.path}: its metadata {key!r} should be a JSON object, got {value!r}")
-    return value

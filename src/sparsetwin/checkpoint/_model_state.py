@@ -1,7 +1,8 @@
 """A model's parameters and buffers under the names that the bare model gives them."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sparsetwin._compat import canonical_name
@@ -33,15 +34,35 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], *, what: str) ->
         StateError: If names, shapes or dtypes differ, naming up to five; the model is then as it was.
     """
     names = {canonical_name(name, model): name for name in model.state_dict()}
-    state = state_of(model)
-    problems = [f"{name} is missing" for name in state if name not in tensors]
-    problems += [f"{name} is not in the model{nearest(name, state)}" for name in tensors if name not in state]
-    for name in [name for name in state if name in tensors]:
-        given, expected = tensors[name], state[name]
-        if (given.shape, given.dtype) != (expected.shape, expected.dtype):
-            found = f"{tuple(given.shape)} {given.dtype}, the model's {tuple(expected.shape)} {expected.dtype}"
-            problems.append(f"{name} is {found}")
+    given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    check_matches(state_of(model), given, what=what)
+    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})
+
+
+def check_matches(
+    state: Mapping[str, Tensor],
+    given: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    *,
+    what: str,
+    ignoring_dtype: Container[str] = (),
+) -> None:
+    """Refuse tensors that are not exactly those of a model.
+
+    Args:
+        state: The model's, by canonical name.
+        given: Canonical name -> shape and dtype of what is to be loaded.
+        what: Where they come from, for messages.
+        ignoring_dtype: Names whose dtype in the model does not matter.
+
+    Raises:
+        StateError: If names, shapes or dtypes differ, naming up to five.
+    """
+    problems = [f"{name} is missing" for name in state if name not in given]
+    problems += [f"{name} is not in the model{nearest(name, state)}" for name in given if name not in state]
+    for name in [name for name in state if name in given]:
+        (shape, dtype), expected = given[name], state[name]
+        if shape != tuple(expected.shape) or (dtype != expected.dtype and name not in ignoring_dtype):
+            problems.append(f"{name} is {shape} {dtype}, the model's {tuple(expected.shape)} {expected.dtype}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise StateError(f"{what} does not fit the model: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict({names[name]: tensor for name, tensor in tensors.items()})

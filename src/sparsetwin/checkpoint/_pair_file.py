@@ -27,11 +27,20 @@ class Member:
 
 
 @dataclass(frozen=True)
+class About:
+    """What holds for all networks of a pair; empty texts are what nobody told."""
+
+    architecture: str = ""  # the model's class
+    notice: str = ""  # origin and licence of the data that they were trained on
+
+
+@dataclass(frozen=True)
 class PairFile:
     """What ``pair.json`` says."""
 
     members: dict[str, Member]
     switching_to: dict[str, Member] | None = None  # the members, once every file of these is in its place
+    about: About = About()
 
 
 def member_file(name: str) -> str:
@@ -53,6 +62,8 @@ def dump_pair(pair: PairFile) -> bytes:
         CheckpointError: If metrics are not plain data, naming the member.
     """
     text: dict[str, object] = {"version": _VERSION, "members": _dump_members(pair.members)}
+    if pair.about != About():
+        text["about"] = asdict(pair.about)
     if pair.switching_to is not None:
         text["switching_to"] = _dump_members(pair.switching_to)
     return (dump_json(text, what="pair.json", indent=2) + "\n").encode()
@@ -75,7 +86,8 @@ def parse_pair(text: bytes, *, where: str) -> PairFile:
         raise CheckpointError(f"{where} has version {content['version']!r}, this library reads version {_VERSION}")
     pending = content.get("switching_to")
     members = _parse_members(content.get("members"), where)
-    return PairFile(members, None if pending is None else _parse_members(pending, where))
+    about = _parse_about(content.get("about", {}), where)
+    return PairFile(members, None if pending is None else _parse_members(pending, where), about)
 
 
 def _dump_members(members: Mapping[str, Member]) -> list[dict[str, object]]:
@@ -89,6 +101,15 @@ def _parse_members(content: JSON, where: str) -> dict[str, Member]:
     if len({member.name for member in members}) != len(members):
         raise CheckpointError(f"{where} names a member twice")
     return {member.name: member for member in members}
+
+
+def _parse_about(content: JSON, where: str) -> About:
+    known = {field.name for field in fields(About)}
+    if not isinstance(content, dict) or not content.keys() <= known:
+        raise CheckpointError(f"{where}: 'about' has {', '.join(sorted(known))}; got {content!r}")
+    if not all(isinstance(value, str) for value in content.values()):
+        raise CheckpointError(f"{where}: 'about' holds text only, got {content!r}")
+    return About(**content)  # type: ignore[arg-type]
 
 
 def _parse_member(content: JSON, where: str) -> Member:

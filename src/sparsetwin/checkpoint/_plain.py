@@ -37,10 +37,10 @@ def parse_json(text: str | bytes, *, what: str) -> JSON:
     """Return what a JSON text holds.
 
     Raises:
-        CheckpointError: If it is none, or holds NaN or an infinity.
+        CheckpointError: If it is none, holds NaN or an infinity, or names a key of an object twice.
     """
     try:
-        value: JSON = json.loads(text, parse_constant=_refuse_constant)
+        value: JSON = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise CheckpointError(f"{what} is not valid JSON: {error}") from error
     return value
@@ -84,6 +84,13 @@ def _check_json(value: object, what: str) -> None:
             raise CheckpointError(f"{what} is {value!r}; JSON has finite numbers only, write None for what is missing")
     elif not isinstance(value, bool | int | str | None):
         raise CheckpointError(f"{what} is of type {_type_name(value)}; JSON has numbers, strings, lists and dicts")
+
+
+def _object(pairs: list[tuple[str, JSON]]) -> JSON:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return values
 
 
 def _refuse_constant(constant: str) -> JSON:

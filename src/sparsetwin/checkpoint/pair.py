@@ -3,7 +3,7 @@
 ``pair.json`` lists the members, their files and the sha256 of each; it is always replaced last. While a file is being
 replaced it holds a second list, ``switching_to``, so that the file is known both before and after: which of the two
 lists is true is seen from the file's sha256. Reading changes nothing on the disk; the next call that writes settles
-what a killed process left.
+what a killed process left. ``README.md``, the card, is written from ``pair.json`` and follows it.
 """
 
 import copy
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsetwin.checkpoint._atomic import (
     HashedWriter,
+    Written,
     put_in_place,
     remove_stale,
     rename,
@@ -23,12 +24,14 @@ from sparsetwin.checkpoint._atomic import (
     sha256_of,
     write_temporary,
 )
+from sparsetwin.checkpoint._card import CARD_FILE, pair_card
 from sparsetwin.checkpoint._encoding import encode
 from sparsetwin.checkpoint._model_state import bare, load_state, state_of
-from sparsetwin.checkpoint._pair_file import Member, PairFile, dump_pair, member_file, parse_pair
+from sparsetwin.checkpoint._pair_file import About, Member, PairFile, dump_pair, member_file, parse_pair
 from sparsetwin.checkpoint._plain import JSON, dump_json
 from sparsetwin.checkpoint._safetensors import write_file
-from sparsetwin.checkpoint.sparse_file import load_masks, load_sparse
+from sparsetwin.checkpoint.mapped import SparseFile
+from sparsetwin.checkpoint.sparse_file import SparseNetwork, load_masks, load_sparse
 from sparsetwin.errors import CheckpointError, StateError, nearest
 from sparsetwin.masking import Masks, SparseView
 
@@ -44,10 +47,18 @@ class Pair:
 
     Args:
         folder: Where the pair is; it is made by the first `save`.
+        notice: Origin and licence of the training data, in one line, for the card and the files that are saved from
+            now on; None leaves what the pair says already.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, notice: str | None = None) -> None:
         self.folder = Path(folder)
+        self._notice = notice
+
+    @property
+    def notice(self) -> str:
+        """Origin and licence of the training data; empty if nobody told."""
+        return self._read().about.notice if self._notice is None else self._notice
 
     @property
     def members(self) -> dict[str, Member]:
@@ -86,6 +97,8 @@ class Pair:
         targets, kept = _count(view, state, masks)
         sparsity = 1 - kept / targets if targets else 0.0
         card: dict[str, JSON] = {"step": view.steps, "sparsity": sparsity, "kept": kept, "targets": targets}
+        if self.notice:
+            card["data_notice"] = self.notice
         members = self._settled()
         written = write_file(path, *encode(state, masks, card))
         member = Member(
@@ -99,7 +112,8 @@ class Pair:
             metrics=dict(metrics or {}),
         )
         try:
-            self._switch(members, {**members, name: member}, lambda: put_in_place(written))
+            architecture = type(bare(model)).__name__
+            self._switch(members, {**members, name: member}, lambda: put_in_place(written), architecture=architecture)
         finally:
             written.discard()
         return member
@@ -122,6 +136,22 @@ class Pair:
         twin = copy.deepcopy(bare(model))
         load_state(twin, tensors, what=f"the member {name!r} of {self.folder}")
         return twin
+
+    def network(self, name: str) -> SparseNetwork:
+        """Return a member's tensors, masks and card, on the CPU, without a model.
+
+        Raises:
+            CheckpointError: As `load` does.
+        """
+        return self._verified(name, load_sparse)
+
+    def open(self, name: str) -> SparseFile:
+        """Map a member's file, to read one tensor at a time; close it when it is no longer needed.
+
+        Raises:
+            CheckpointError: If there is no such member, or its file is missing or not the one that was saved.
+        """
+        return self._verified(name, SparseFile.open)
 
     def dense(self, model: nn.Module) -> nn.Module:
         """Return a deep copy of a model with the state of the dense half; see `load`."""
@@ -149,7 +179,7 @@ class Pair:
         members = self._settled()
         member = self._member(members, name)
         annotated = replace(member, metrics={**member.metrics, **metrics})
-        self._write(PairFile({**members, name: annotated}))
+        self._finish({**members, name: annotated}, self._about())
         return annotated
 
     def rename(self, old: str, new: str) -> Member:
@@ -255,13 +285,42 @@ class Pair:
         pair = self._read()
         remove_stale(self.folder)
         if pair.switching_to is not None:
-            self._write(PairFile(self._resolved(pair)))
+            self._finish(self._resolved(pair), pair.about)
         return self._resolved(pair)
 
-    def _switch(self, before: dict[str, Member], after: dict[str, Member], move: Callable[[], None]) -> None:
-        self._write(PairFile(before, after))
-        move()
-        self._write(PairFile(after))
+    def _about(self, architecture: str = "") -> About:
+        told = self._read().about
+        return About(architecture or told.architecture, self.notice)
+
+    def _switch(
+        self,
+        before: dict[str, Member],
+        after: dict[str, Member],
+        move: Callable[[], None],
+        *,
+        architecture: str = "",
+    ) -> None:
+        about = self._about(architecture)
+        card = self._card(after, about)  # written while the pair is as it was; a rename needs no room on the disk
+        try:
+            self._write(PairFile(before, after, about))
+            move()
+            self._write(PairFile(after, about=about))
+            put_in_place(card)
+        finally:
+            card.discard()
+
+    def _finish(self, members: dict[str, Member], about: About) -> None:
+        card = self._card(members, about)
+        try:
+            self._write(PairFile(members, about=about))
+            put_in_place(card)
+        finally:
+            card.discard()
+
+    def _card(self, members: Mapping[str, Member], about: About) -> Written:
+        text = pair_card(members, about).encode()
+        return write_temporary(self.folder / CARD_FILE, lambda file: file.write(text))
 
     def _write(self, pair: PairFile) -> None:
         text = dump_pair(pair)

@@ -8,12 +8,15 @@ holds JSON with sorted keys and no time, host or path, so that equal content giv
     {"version": 1,
      "sparse": {"w": {"encoding": "bitmask", "dtype": "float32", "shape": [64, 128]}},
      "shared": {"head.weight": "embedding.weight"},
-     "card": {...}}
+     "card": {...},
+     "crc32": {"w.bitmask": 1234, "w.values": 5678, "embedding.weight": 9012},
+     "crc32_of_metadata": 3456}
 
-**Extensions.** ``encoding`` says how one tensor is stored, so files may mix encodings. Values of fewer bits get an
-encoding of their own, such as ``bitmask-int8``: ``w.values`` is then int8 (or bfloat16, float16) while ``dtype``
-stays the weight's own, and ``w.scales`` holds one scale a channel. A reader refuses an encoding that it does not
-know by name. ``version`` rises only when a reader would otherwise misread what it does know.
+``encoding`` says how one tensor is stored, so files may mix encodings. ``bitmask-float32``, ``bitmask-bfloat16`` and
+``bitmask-float16`` hold values rounded to that dtype, ``bitmask-int8`` whole numbers and ``w.scales`` (float32, one a
+slice of ``w`` along its first axis): a weight is value times scale. ``dtype`` stays the weight's own. A reader refuses
+an encoding that it does not know by name. ``version`` rises only when a reader would otherwise misread what it does
+know. ``docs/files.md`` spells the layout out to the byte.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,12 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from sparsetwin.checkpoint._atomic import put_in_place
-from sparsetwin.checkpoint._encoding import Contents, check_tensors, decode, decode_mask, encode, owners, parse
+from sparsetwin.checkpoint._encoding import check_tensors, decode, decode_mask, encode, owners
+from sparsetwin.checkpoint._layout import Contents, parse
 from sparsetwin.checkpoint._plain import JSON
 from sparsetwin.checkpoint._safetensors import Reader, open_file, write_file
+from sparsetwin.checkpoint._values import Values, channels, narrowed
 from sparsetwin.errors import CheckpointError
 from sparsetwin.masking import Masks
 
@@ -35,7 +41,7 @@ _NO_CARD: Mapping[str, JSON] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class SparseFile:
+class SparseNetwork:
     """What a file holds: its tensors in dense form, the masks of those that were stored sparse, and its card."""
 
     tensors: dict[str, Tensor]  # as they were saved, on the CPU; tied tensors are one tensor under several names
@@ -58,7 +64,12 @@ class SparseSize:
 
 
 def save_sparse(
-    path: str | Path, tensors: Mapping[str, Tensor], masks: Masks, *, card: Mapping[str, JSON] = _NO_CARD
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    masks: Masks,
+    *,
+    card: Mapping[str, JSON] = _NO_CARD,
+    values: Values = "exact",
 ) -> str:
     """Write a network, its masked tensors as bit masks and kept values.
 
@@ -67,15 +78,20 @@ def save_sparse(
         tensors: Name -> tensor of any shape, such as a ``state_dict``; tied tensors are stored once.
         masks: Name -> bool of the tensor's shape, True keeps; float64, float32, float16 and bfloat16 tensors only.
         card: Plain data to keep with it; no time, host or path, if equal networks are to give equal bytes.
+        values: How kept values are stored: ``exact`` is bit for bit; ``float32``, ``bfloat16`` and ``float16`` round
+            to the nearest, ties to even, and never widen; ``int8`` rounds to whole multiples of one scale for each
+            slice along the first axis, the slice's largest absolute value over 127. Zeros stay zero. Tensors without
+            a mask are always exact.
 
     Returns:
         The file's sha256 in hexadecimal.
 
     Raises:
-        StateError: If a pruned element is not zero, or a mask does not fit its tensor.
+        StateError: If a pruned element is not zero, a mask does not fit its tensor, or a value is too large for the
+            form asked for, such as 1e5 for float16.
         CheckpointError: If the disk is full or the file cannot be written; the previous file is kept.
     """
-    written = write_file(Path(path), *encode(tensors, masks, card))
+    written = write_file(Path(path), *encode(tensors, masks, card, values=values))
     put_in_place(written)
     return written.sha256
 
@@ -93,8 +109,12 @@ def save_dense(path: str | Path, tensors: Mapping[str, Tensor], *, card: Mapping
     return save_sparse(path, tensors, {}, card=card)
 
 
-def load_sparse(path: str | Path) -> SparseFile:
-    """Read a file of `save_sparse` or `save_dense`.
+def load_sparse(path: str | Path, *, dtype: torch.dtype | None = None) -> SparseNetwork:
+    """Read a file of `save_sparse` or `save_dense` as a whole; `SparseFile` reads one tensor at a time.
+
+    Args:
+        path: The file.
+        dtype: What floating-point tensors are converted to; by default each has the dtype that it was saved from.
 
     Raises:
         CheckpointError: If the file is missing, truncated, corrupted, foreign or of an unknown version. Sizes are
@@ -102,7 +122,7 @@ def load_sparse(path: str | Path) -> SparseFile:
     """
     with _open(Path(path)) as (reader, contents):
         masks = {name: decode_mask(reader, contents, name) for name in contents.sparse}
-        return SparseFile(dict(decode(reader, contents, masks)), masks, contents.card)
+        return SparseNetwork(dict(decode(reader, contents, masks, dtype=dtype)), masks, contents.card)
 
 
 def load_masks(path: str | Path) -> Masks:
@@ -127,8 +147,12 @@ def load_dense(path: str | Path) -> dict[str, Tensor]:
         return dict(decode(reader, contents, {}))
 
 
-def iter_sparse(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+def iter_sparse(path: str | Path, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Read a file of either kind one dense tensor at a time, so that only one need be held.
+
+    Args:
+        path: The file.
+        dtype: As for `load_sparse`.
 
     Yields:
         Name and tensor, sorted by name but for tied tensors: they come together.
@@ -137,7 +161,7 @@ def iter_sparse(path: str | Path) -> Iterator[tuple[str, Tensor]]:
         CheckpointError: As `load_sparse` does.
     """
     with _open(Path(path)) as (reader, contents):
-        yield from decode(reader, contents, {})
+        yield from decode(reader, contents, {}, dtype=dtype)
 
 
 def read_card(path: str | Path) -> dict[str, JSON]:
@@ -150,13 +174,15 @@ def read_card(path: str | Path) -> dict[str, JSON]:
         return contents.card
 
 
-def sparse_size(tensors: Mapping[str, Tensor], masks: Masks) -> SparseSize:
+def sparse_size(tensors: Mapping[str, Tensor], masks: Masks, *, values: Values = "exact") -> SparseSize:
     """Return how large a file of `save_sparse` gets, from shapes and masks alone; tied tensors count once.
 
     >>> import torch
     >>> weight, mask = torch.zeros(10, 80), torch.arange(800).reshape(10, 80) % 10 == 0
     >>> sparse_size({"w": weight}, {"w": mask})     # of 3200 bytes: 100 for the bits, 320 for the values
     SparseSize(dense_target_bytes=3200, target_bytes=420, other_bytes=0)
+    >>> sparse_size({"w": weight}, {"w": mask}, values="int8").target_bytes     # 100 + 80 + ten scales
+    220
 
     Raises:
         StateError: If a mask does not fit its tensor.
@@ -165,8 +191,14 @@ def sparse_size(tensors: Mapping[str, Tensor], masks: Masks) -> SparseSize:
     stored = set(owners(tensors, masks).values())
     sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in stored}
     targets = stored & masks.keys()
-    packed = sum((tensors[n].numel() + 7) // 8 + int(masks[n].sum()) * tensors[n].element_size() for n in targets)
+    packed = sum(_packed_bytes(tensors[name], masks[name], values) for name in targets)
     return SparseSize(sum(sizes[n] for n in targets), packed, sum(sizes[n] for n in stored - targets))
+
+
+def _packed_bytes(tensor: Tensor, mask: Tensor, values: Values) -> int:
+    narrow = narrowed(values, tensor.dtype) or tensor.dtype
+    scales = 4 * channels(tuple(tensor.shape)) if narrow is torch.int8 else 0
+    return (tensor.numel() + 7) // 8 + int(mask.sum()) * narrow.itemsize + scales
 
 
 @contextmanager

@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main_of(given[0])(given[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return USAGE_ERROR
     except SparsetwinError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -46,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+
+
+def _tell(error: SparsetwinError) -> None:
+    """Print the message; of several processes that torchrun started, all but the first say which they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
 
 
 def _main_of(name: str) -> Callable[[Sequence[str]], int]:

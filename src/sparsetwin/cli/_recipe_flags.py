@@ -10,6 +10,7 @@ _SHORT = {
     "--dense-finetune": "--train.dense-finetune",
     "--no-dense-finetune": "--train.no-dense-finetune",
     "--sparsity": "--schedule.sparsity",
+    "--fsdp": "--distributed.fsdp",
 }
 _SHORT_SCHEDULE = {
     f"--{field.name.replace('_', '-')}": f"--schedule.{field.name.replace('_', '-')}"

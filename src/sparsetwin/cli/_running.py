@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any, Literal
 from sparsetwin.checkpoint import Pair
 from sparsetwin.cli._call import print_json, print_table
 from sparsetwin.cli._progress import make_display
-from sparsetwin.errors import CheckpointError
+from sparsetwin.errors import CheckpointError, SparsityWarning
 from sparsetwin.recipes import Recipe, build_run
 from sparsetwin.report import HEADINGS, cells, member_rows, read_run, verdict, write_report
-from sparsetwin.training import Event, Progress, Run, RunFolder
+from sparsetwin.training import Event, Processes, Progress, Run, RunFolder
 from sparsetwin.training.loggers import Logger, make_logger
 
 STOPPED = 130
@@ -36,7 +37,14 @@ class _ToLogger:
 
 
 def execute(
-    recipe: Recipe, folder: RunFolder, *, data: Path | None, loggers: Sequence[str], quiet: bool, as_json: bool
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    data: Path | None,
+    loggers: Sequence[str],
+    quiet: bool,
+    as_json: bool,
+    processes: Processes,
 ) -> int:
     """Build a run, train it and show what came out.
 
@@ -47,11 +55,15 @@ def execute(
         loggers: Names of further loggers.
         quiet: Show no progress.
         as_json: End with one JSON object.
+        processes: Those that train together; the first one shows and logs.
 
     Returns:
         The exit code.
     """
-    run = build_run(recipe, folder, data=data)
+    if not processes.is_first:
+        warnings.simplefilter("ignore", SparsityWarning)  # the first one says the same
+        loggers, quiet = (), True
+    run = build_run(recipe, folder, data=data, processes=processes)
     with ExitStack() as stack:
         for name in loggers:
             logger = make_logger(name, folder.path)
@@ -62,7 +74,7 @@ def execute(
             stack.callback(display.close)
             run.listen([display])
         try:
-            with _stop_on_signal(run):
+            with _stop_on_signal(run, processes):
                 finished = run.execute()
         except KeyboardInterrupt:
             if folder.is_untrained:
@@ -71,6 +83,8 @@ def execute(
                 f"interrupted; continue from the last checkpoint with: sparsetwin resume {folder.path}", file=sys.stderr
             )
             return STOPPED
+    if not processes.is_first:
+        return 0 if finished else STOPPED
     if not finished:
         print(f"stopped and saved; continue with: sparsetwin resume {folder.path}", file=sys.stderr)
         if as_json:
@@ -111,13 +125,19 @@ def _plain(row: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_on_signal(run: Run) -> Iterator[None]:
-    """Let the first interrupt ask for a checkpoint and a stop, and the second one end the process."""
+def _stop_on_signal(run: Run, processes: Processes) -> Iterator[None]:
+    """Let the first interrupt ask for a checkpoint and a stop, and the second one end the process.
+
+    Of several processes each may get a signal more than once, from ``torchrun`` and from others: all but the first are
+    passed over. ``torchrun`` itself ends those that take too long.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         for signum in previous:
-            signal.signal(signum, signal.default_int_handler)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            signal.signal(signum, signal.SIG_IGN if processes.are_many else signal.default_int_handler)
+        if processes.is_first:
+            once_more = "" if processes.are_many else "; once more to stop at once"
+            print(f"\nstopping after this step{once_more}", file=sys.stderr, flush=True)
         run.request_stop()
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

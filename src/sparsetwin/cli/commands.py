@@ -21,8 +21,10 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("train", "train a dense network and its sparse twin from a recipe"),
     "resume": Command("resume", "continue a stopped run from its last checkpoint"),
+    "compare": Command("compare", "train methods, sparsities and seeds side by side and write one table"),
     "eval": Command("evaluation", "evaluate a half of a pair on the test set"),
     "schedule": Command("schedule", "print phases and FLOPs before anything is trained"),
+    "export": Command("export", "write a half for another engine or in another file format"),
     "report": Command("report", "write one HTML page about one or more runs"),
     "recipes": Command("recipes", "list the recipes"),
     "methods": Command("methods", "list the sparse-training methods"),

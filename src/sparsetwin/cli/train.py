@@ -11,8 +11,9 @@ import tyro
 from sparsetwin.cli._call import DataPath, Switch, parse
 from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
 from sparsetwin.cli._running import LoggerName, execute
+from sparsetwin.errors import ConfigError
 from sparsetwin.recipes import Recipe, check_recipe, describe, find_recipe, recipe_from_plain
-from sparsetwin.training import RunFolder, choose_device
+from sparsetwin.training import Processes, RunFolder, joined_processes
 from sparsetwin.training.environment import command_line
 
 
@@ -23,7 +24,8 @@ class Train:
     The recipe's name, or package.module:function of your own, stands first: sparsetwin train RECIPE [OPTIONS].
     digits is the default, and sparsetwin recipes lists them. Every field of a recipe can be overridden; the options
     and defaults below are those of the recipe that is named. --epochs, --sparsity and --dense-finetune are short for
-    --train.epochs, --schedule.sparsity and --train.dense-finetune.
+    --train.epochs, --schedule.sparsity and --train.dense-finetune. Several processes train together when torchrun
+    starts them: torchrun --nproc-per-node 2 -m sparsetwin train RECIPE; --fsdp is short for --distributed.fsdp.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -49,12 +51,32 @@ def main(arguments: Sequence[str]) -> int:
     check_recipe(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    with joined_processes(recipe.device) as processes:
+        return _train(args, recipe, name=name, processes=processes)
+
+
+def _train(args: Train, recipe: Recipe, *, name: str, processes: Processes) -> int:
+    if recipe.distributed.fsdp and not processes.are_many:
+        raise ConfigError(
+            "--fsdp shards a model over several processes, but there is one; start them with: "
+            f"torchrun --nproc-per-node 2 -m sparsetwin train {name} --fsdp"
+        )
     folder = RunFolder(args.out or Path("runs") / name.replace(":", "-"))
-    described = describe(recipe, name=name, data=args.data, command=command_line(), device=choose_device(recipe.device))
-    made = folder.create(described)
+    device = processes.device(recipe.device)
+    described = describe(recipe, name=name, data=args.data, command=command_line(), device=device, processes=processes)
+    made = processes.of_first(lambda: folder.create(described))
     try:
-        return execute(recipe, folder, data=args.data, loggers=args.logger, quiet=args.quiet, as_json=args.json)
+        return execute(
+            recipe,
+            folder,
+            data=args.data,
+            loggers=args.logger,
+            quiet=args.quiet,
+            as_json=args.json,
+            processes=processes,
+        )
     except BaseException:
-        if folder.is_untrained:  # the corrected command shall find the folder as this one did
+        # the corrected command shall find the folder as this one did
+        if processes.is_first and folder.is_untrained:
             folder.discard(made)
         raise

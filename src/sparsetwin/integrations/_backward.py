@@ -15,7 +15,8 @@ class MaskedBackward:
     """Set the gradients of pruned weights to zero as soon as backward has accumulated them.
 
     Whatever reads gradients after that sees only those of kept weights: clipping by norm, logged norms, the average
-    over processes of DDP (its reduction starts after these hooks). In dense phases no hook is registered.
+    over processes of DDP (its reduction starts after these hooks). In dense phases no hook is registered. A step in
+    which a method chooses weights by the gradients of all of them is left as it is.
 
     Args:
         sparsifier: Whose masks count.
@@ -32,7 +33,7 @@ class MaskedBackward:
         weights = self._sparsifier.weights
         for name, mask in self._sparsifier.masks.items():
             bits = expand_bits(local(mask), dtype=weights[name].dtype)
-            hook = partial(_mask_gradient, bits)
+            hook = partial(self._mask_gradient, bits)
             self._handles.append(weights[name].register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -45,7 +46,6 @@ class MaskedBackward:
         if event == "enter":
             self.refresh()
 
-
-def _mask_gradient(bits: Tensor, weight: Tensor) -> None:
-    if weight.grad is not None:
-        keep_(local(weight.grad), bits)
+    def _mask_gradient(self, bits: Tensor, weight: Tensor) -> None:
+        if weight.grad is not None and not self._sparsifier.awaits_gradients:
+            keep_(local(weight.grad), bits)

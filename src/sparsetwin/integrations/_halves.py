@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from sparsetwin.checkpoint import JSON, Pair
+from sparsetwin.integrations._gathered import gathered
 from sparsetwin.schedules import Phase, Schedule
 from sparsetwin.sparsifier import Sparsifier
 
@@ -50,12 +51,21 @@ class HalfKeeper:
         self.pair = Pair(folder)
         self._saved: tuple[Half, int] | None = None  # which half, at which step
 
-    def save(self, model: nn.Module, sparsifier: Sparsifier) -> None:
-        """Save the half of the phase in force, unless it is saved as it is, or no step was done."""
+    def save(self, model: nn.Module, sparsifier: Sparsifier, *, writes: bool) -> None:
+        """Save the half of the phase in force, unless it is saved as it is, or no step was done.
+
+        Args:
+            model: As it trains; every process calls this, since sharded weights are gathered.
+            sparsifier: Attached to it.
+            writes: This process writes the files.
+        """
         current = (half_of(sparsifier.phase), sparsifier.steps)
-        if sparsifier.phase is not None and self._saved != current:
-            self.pair.save(model, sparsifier, name=current[0])
-            self._saved = current
+        if sparsifier.phase is None or self._saved == current:
+            return
+        whole, view = gathered(model, sparsifier, keeps=writes)
+        if writes:
+            self.pair.save(whole, view, name=current[0])
+        self._saved = current
 
     def annotate(self, sparsifier: Sparsifier, metrics: Mapping[str, Any]) -> bool:
         """List metrics with the half that was just saved, and return whether the model is still that half."""

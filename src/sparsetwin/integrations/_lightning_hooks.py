@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sparsetwin.checkpoint import Pair
 from sparsetwin.errors import CheckpointError, ScheduleError, UsageError
 from sparsetwin.integrations._backward import MaskedBackward
+from sparsetwin.integrations._gathered import WholeState, group_of_copies
 from sparsetwin.integrations._halves import Half, HalfKeeper, half_of, half_of_metric
 from sparsetwin.integrations.lengths import MethodFactory, ScheduleFactory, build_method
 from sparsetwin.methods import ACDC
@@ -114,10 +115,17 @@ class SparsifierHooks:
         method = build_method(
             self._method, self._schedule, total_steps=int(total_steps), steps_per_epoch=int(steps_per_epoch)
         )
-        sparsifier = Sparsifier(method, pl_module, trainer.optimizers, targets=self._targets, seed=self._seed)
+        sparsifier = Sparsifier(
+            method,
+            pl_module,
+            trainer.optimizers,
+            targets=self._targets,
+            seed=self._seed,
+            group=group_of_copies(pl_module),
+        )
         self._sparsifier = sparsifier
         if self._loaded is not None:
-            sparsifier.load_state_dict(self._loaded)
+            WholeState(sparsifier).load_state_dict(self._loaded)
         elif trainer.global_step:
             where = trainer.ckpt_path
             raise CheckpointError(_no_state(where) if where else "this Trainer has trained already; make a new one")
@@ -136,8 +144,8 @@ class SparsifierHooks:
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save the half whose phase ended with this step."""
-        if self.sparsifier.phase_ends and trainer.is_global_zero:
-            self._halves.save(pl_module, self.sparsifier)
+        if self.sparsifier.phase_ends:
+            self._halves.save(pl_module, self.sparsifier, writes=trainer.is_global_zero)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """List metrics with the half that they were measured on."""
@@ -146,13 +154,12 @@ class SparsifierHooks:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the half of a phase that was cut short, and let go of the optimizers."""
-        if trainer.is_global_zero:
-            self._halves.save(pl_module, self.sparsifier)
+        self._halves.save(pl_module, self.sparsifier, writes=trainer.is_global_zero)
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sparsifier's state for a checkpoint."""
-        return self._sparsifier.state_dict() if self._sparsifier is not None else {}
+        """Return the sparsifier's state for a checkpoint, with whole masks; Lightning asks every process for it."""
+        return WholeState(self._sparsifier).state_dict() if self._sparsifier is not None else {}
 
     def _detach(self) -> None:
         if self._sparsifier is not None:
@@ -193,5 +200,8 @@ def _refuse_unsupported(trainer: Any) -> None:
                 f"'sparse_{monitor}' in sparse phases and NaN in dense ones (callback.half tells which), monitor that"
             )
     strategy = type(trainer.strategy).__name__
-    if strategy in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
-        raise UsageError(f"{strategy} flattens or shards parameters, which this callback does not serve; use DDP")
+    if strategy in ("DeepSpeedStrategy", "FSDPStrategy"):
+        raise UsageError(
+            f"{strategy} flattens parameters, so that no mask fits them; use ModelParallelStrategy with fully_shard in "
+            "configure_model(), which shards them as they are, or DDP"
+        )

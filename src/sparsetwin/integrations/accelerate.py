@@ -16,22 +16,26 @@
 Real updates count: accumulated micro-batches and updates that a GradScaler skipped are no steps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from sparsetwin.checkpoint import JSON, Member, Pair
 from sparsetwin.errors import UsageError
+from sparsetwin.integrations._gathered import WholeState, gathered, refuse_left_out_sharding
 from sparsetwin.methods import Method
 from sparsetwin.sparsifier import Sparsifier
 from sparsetwin.targets import Targets
 
 _REFUSED = {
-    "DEEPSPEED": "DeepSpeed flattens parameters, so that no mask fits them; use DDP",
-    "MEGATRON_LM": "Megatron-LM splits layers over processes in its own way; use DDP",
-    "FSDP": "accelerator.save_state writes one process's masks only, and FSDP shards them; use DDP",
+    "DEEPSPEED": (
+        "DeepSpeed flattens parameters, so that no mask fits them; use "
+        "Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), which shards them as they are, or DDP"
+    ),
+    "MEGATRON_LM": "Megatron-LM splits layers over processes in its own way; use FSDP2 or DDP",
 }
 
 
@@ -60,9 +64,7 @@ def prepare(
     Raises:
         UsageError: If an optimizer is not prepared yet, or for distributed engines that cannot be served.
     """
-    kind = DistributedType(accelerator.distributed_type).value
-    if kind in _REFUSED:
-        raise UsageError(_REFUSED[kind])
+    _refuse_unsupported(accelerator)
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     for given in optimizers:
         if not isinstance(given, AcceleratedOptimizer):
@@ -70,9 +72,39 @@ def prepare(
                 f"{type(given).__name__} is not prepared; call accelerator.prepare(model, optimizer, ...) first and "
                 "pass what it returns"
             )
+    refuse_left_out_sharding(model, asked=False)
     sparsifier = Sparsifier(method, model, optimizers, targets=targets, seed=seed)
-    accelerator.register_for_checkpointing(sparsifier)
+    accelerator.register_for_checkpointing(WholeState(sparsifier))
     return sparsifier
+
+
+def save_half(
+    accelerator: Accelerator,
+    pair: Pair,
+    model: nn.Module,
+    sparsifier: Sparsifier,
+    *,
+    name: str | None = None,
+    metrics: Mapping[str, JSON] | None = None,
+) -> Member | None:
+    """Save a half of the pair from the main process; every process calls this, since sharded weights are gathered.
+
+    Args:
+        accelerator: What prepared the model.
+        pair: Where to.
+        model: As ``accelerator.prepare`` returned it.
+        sparsifier: Attached to it.
+        name: As `Pair.save` has it: ``sparse`` if masks are in force and ``dense`` if not.
+        metrics: Plain data to list with the member.
+
+    Returns:
+        The member in the main process, None in others.
+
+    Raises:
+        StateError, CheckpointError: As `Pair.save` does.
+    """
+    whole, view = gathered(model, sparsifier, keeps=accelerator.is_main_process)
+    return pair.save(whole, view, name=name, metrics=metrics) if accelerator.is_main_process else None
 
 
 def clip_grad_norm_(
@@ -92,3 +124,15 @@ def clip_grad_norm_(
     sparsifier.mask_gradients()
     norm: Tensor | None = accelerator.clip_grad_norm_(parameters, max_norm)
     return norm
+
+
+def _refuse_unsupported(accelerator: Accelerator) -> None:
+    """Refuse by name what cannot be served."""
+    kind = DistributedType(accelerator.distributed_type).value
+    if kind in _REFUSED:
+        raise UsageError(_REFUSED[kind])
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise UsageError(
+            "FSDP1 flattens weights into one parameter, whose layers cannot be masked; use "
+            "FullyShardedDataParallelPlugin(fsdp_version=2)"
+        )

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 
 from sparsetwin.checkpoint import JSON, Member, Pair, load_sparse, save_sparse
-from sparsetwin.errors import CheckpointError, StateError
+from sparsetwin.errors import CheckpointError, StateError, UsageError
 from sparsetwin.integrations._card import model_card
+from sparsetwin.integrations._gathered import is_sharded_model
 from sparsetwin.masking import Masks, SparseView, count_pruned_nonzero
 from sparsetwin.methods import Method
 
@@ -50,7 +52,10 @@ def save_pretrained(
 
     Raises:
         StateError: If a pruned weight is not zero.
+        UsageError: If the model is sharded; `Pair` keeps halves of such runs, and `save_pair` writes their folders.
     """
+    if is_sharded_model(model):
+        raise UsageError("the model is sharded; save a half in a Pair with the trainer's adapter, then call save_pair")
     tensors, masks = model.state_dict(), view.masks
     sizes = {name: tensors[name].numel() for name in view.target_names}
     targets = sum(sizes.values())
@@ -171,19 +176,21 @@ def _write(
         name = next(iter(alive))
         raise StateError(f"{alive[name]} pruned weights of {name} are not zero; the masks belong to other weights")
 
+    shell = _unsharded(model)
+
     def fill(temporary: Path) -> None:
         if bitmask:
-            config = copy.deepcopy(model.config)
-            config.architectures = [type(model).__name__]
+            config = copy.deepcopy(shell.config)
+            config.architectures = [type(shell).__name__]
             config.save_pretrained(temporary)
-            if model.can_generate() and getattr(model, "generation_config", None) is not None:
-                model.generation_config.save_pretrained(temporary)
+            if shell.can_generate() and getattr(shell, "generation_config", None) is not None:
+                shell.generation_config.save_pretrained(temporary)
             save_sparse(temporary / SPARSE_FILE, tensors, masks, card={"kept": member.kept, "targets": member.targets})
         else:
-            model.save_pretrained(temporary, state_dict=tensors)
+            shell.save_pretrained(temporary, state_dict=tensors)
         if processor is not None:
             processor.save_pretrained(temporary)
-        write_card(temporary, member, model=model, method=method)
+        write_card(temporary, member, model=shell, method=method)
 
     _replace_folder(folder, fill)
 
@@ -201,6 +208,21 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         new.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model to save whole tensors with: of a sharded one an empty twin, since its own saving gathers again."""
+    if not is_sharded_model(model):
+        return model
+    whole: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    config = copy.deepcopy(model.config)
+    if getattr(config, "distributed_config", None) is not None:
+        config.distributed_config = None
+    with torch.device("meta"):
+        shell: PreTrainedModel = whole(config)
+    if shell.can_generate() and getattr(model, "generation_config", None) is not None:
+        shell.generation_config = copy.deepcopy(model.generation_config)
+    return shell
 
 
 def _saved_class(config: Any, folder: Path) -> Any:

@@ -21,11 +21,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from sparsetwin._compat import named_weights
+from sparsetwin._compat import local, named_weights
+from sparsetwin._sharding import Layout
 from sparsetwin.checkpoint import CheckpointStore, Pair
 from sparsetwin.errors import CheckpointError, UsageError
 from sparsetwin.integrations import hub
 from sparsetwin.integrations._backward import MaskedBackward
+from sparsetwin.integrations._gathered import WholeState, group_of_copies, refuse_left_out_sharding
 from sparsetwin.integrations._halves import HalfKeeper, compares, half_of, half_of_metric
 from sparsetwin.integrations.lengths import MethodFactory, ScheduleFactory, build_method
 from sparsetwin.methods import ACDC
@@ -117,9 +119,10 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Attach to the model and the optimizer, which hold what was loaded, and load our own state after them."""
-        _refuse_unsupported(args, state, given["lr_scheduler"])
-        self._detach()
         model: nn.Module = given["model"]
+        _refuse_unsupported(args, state, given["lr_scheduler"])
+        refuse_left_out_sharding(model, asked=bool(getattr(args, "fsdp", None)))
+        self._detach()
         total_steps = state.max_steps
         method = build_method(
             self._method,
@@ -128,7 +131,8 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
             steps_per_epoch=_steps_per_epoch(args, given["train_dataloader"], total_steps),
         )
         targets = default_targets(model) if self._targets is None else self._targets
-        self._sparsifier = Sparsifier(method, model, given["optimizer"], targets=targets, seed=self._seed)
+        group = group_of_copies(model)
+        self._sparsifier = Sparsifier(method, model, given["optimizer"], targets=targets, seed=self._seed, group=group)
         self._backward = MaskedBackward(self._sparsifier)
         self._halves = HalfKeeper(self._pair_folder or Path(args.output_dir) / "pair")
         if state.global_step:
@@ -162,9 +166,10 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Save our state beside the Trainer's, whose files are complete by now."""
+        whole, weights = WholeState(self.sparsifier).state_dict(), _fingerprint(given["model"])  # of all processes
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            saved = {"sparsifier": self.sparsifier.state_dict(), "weights": _fingerprint(given["model"])}
+            saved = {"sparsifier": whole, "weights": weights}
             CheckpointStore(folder).save(saved, step=state.global_step, name=STATE_NAME)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -182,8 +187,7 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
             self._load(best, model, step=int(best.name.rpartition("-")[2]))
 
     def _save_half(self, state: TrainerState, model: nn.Module) -> None:
-        if state.is_world_process_zero:
-            self._keeper.save(model, self.sparsifier)
+        self._keeper.save(model, self.sparsifier, writes=state.is_world_process_zero)
 
     def _add_metric_of_half(self, name: str | None, metrics: dict[str, float]) -> None:
         """Add ``eval_sparse_loss`` of ``eval_loss``; NaN, which never is the best, where the other half is measured."""
@@ -219,7 +223,7 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
                 "logs 'missing keys'); give the Trainer a model loaded with from_pretrained from this checkpoint. If "
                 "you resume from another folder, tell the callback with resume_from="
             )
-        self.sparsifier.load_state_dict(saved["sparsifier"])
+        WholeState(self.sparsifier).load_state_dict(saved["sparsifier"])
         if self._backward is not None:
             self._backward.refresh()
 
@@ -236,7 +240,16 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 def _fingerprint(model: nn.Module) -> dict[str, int]:
     """Return a number for each parameter that other weights hardly share: the sum of its bits as integers."""
     weights = {name: weight.detach() for name, weight in named_weights(model).items() if weight.is_floating_point()}
-    return {name: int(weight.contiguous().view(_BITS[weight.itemsize]).sum()) for name, weight in weights.items()}
+    layout = Layout.of(weights)
+    if layout is None:
+        return {name: int(_sum_of_bits(weight)) for name, weight in weights.items()}
+    sums = torch.stack([_sum_of_bits(local(weight)) * layout.counts(weight) for weight in weights.values()])
+    layout.all_reduce(sums)
+    return dict(zip(weights, sums.tolist(), strict=True))
+
+
+def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous().view(_BITS[weight.itemsize]).sum(dtype=torch.int64)
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any, total_steps: int) -> int:
@@ -306,6 +319,7 @@ def _refuse_unsupported(args: TrainingArguments, state: TrainerState, lr_schedul
             "enable_jit_checkpoint saves without telling callbacks, so such a checkpoint has no masks; use save_steps"
         )
     if getattr(args, "deepspeed", None):
-        raise UsageError("DeepSpeed flattens parameters, so that no mask fits them; train with DDP instead")
-    if getattr(args, "fsdp", None):
-        raise UsageError("fsdp=... is not supported by this callback yet, since checkpoints are sharded; use DDP")
+        raise UsageError(
+            "DeepSpeed flattens parameters, so that no mask fits them; use fsdp=True with fsdp_config={'version': 2}, "
+            "which shards them as they are, or DDP"
+        )

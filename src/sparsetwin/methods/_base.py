@@ -3,37 +3,33 @@
 import dataclasses
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._state import SparseState
+from sparsetwin.methods.ham import HAM
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.schedules import Phase, Schedule
 
+Touched = Literal["all", "kept", "updated"]
+"""Weights that a pass computes with: all, those that the masks keep, or those whose gradients the optimizer sees."""
 
-@dataclass(kw_only=True)
-class SparseState:
-    """What a method may read and remember. Its tensors are the live ones: change a weight only where a rule says so."""
 
-    weights: Mapping[str, Tensor]  # targets by canonical name, in the model's order
-    masks: Masks = field(default_factory=dict)  # of the phase in force; on entering, of the phase that ends
-    buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what -> canonical name -> tensor; is saved
-    generator: torch.Generator = field(default_factory=torch.Generator)  # for methods that draw; is saved
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass forward and backward over a batch, by the weights that it has to compute with: what it costs."""
 
-    @property
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the targets that have one; there are some between backward and update only."""
-        return {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of weights of each target."""
-        return {name: weight.numel() for name, weight in self.weights.items()}
+    forward: Touched = "kept"
+    input_gradient: Touched | None = "kept"
+    weight_gradient: Touched | None = "kept"
+    density: float | None = None
+    """Fraction of every target that "kept" stands for in this pass alone; None is what the masks in force keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +37,12 @@ class Method(ABC):
     """A frozen description of a method; `Sparsifier` holds all that changes."""
 
     schedule: Schedule
-    needs_gradients: ClassVar[bool] = False  # True: a phase is entered between backward and update
-    draws: ClassVar[bool] = False  # True: the state of the generator is saved
+    ham: HAM | None = None
+    """The hyperbolic mirror step after each update, which composes with every method; None is none."""
+    stores_weights: ClassVar[bool] = False
+    """True: in sparse phases parameters hold what `project` makes of stored weights, and updates go to these."""
+    needs_closure: ClassVar[bool] = False
+    """True: a step passes more than once over its batch, so the loop has to call ``sparsifier.backward(closure)``."""
 
     @abstractmethod
     def enter(self, phase: Phase, state: SparseState) -> Masks:
@@ -56,6 +56,8 @@ class Method(ABC):
             Canonical name -> bool mask, one for every target, or nothing; in a dense phase nothing.
         """
 
+    # When a phase begins
+
     def check(self, state: SparseState) -> None:
         """Refuse, before training, what could only fail in the middle of it. By default nothing is refused.
 
@@ -63,28 +65,105 @@ class Method(ABC):
             SparsetwinError: If some phase cannot be entered with these weights.
         """
 
+    @property
+    def draws(self) -> bool:
+        """Whether the method draws from ``state.generator``, whose state is saved then."""
+        return False
+
+    def needs_gradients(self, phase: Phase) -> bool:
+        """Return whether a phase is entered between backward and update, where gradients exist; by default not."""
+        return False
+
+    def gradient_samples(self, phase: Phase) -> int:
+        """Return on how many batches `enter` samples gradients with ``state.sample_gradients``; by default on none."""
+        return 0
+
+    def skips_update(self, left: Phase | None, entered: Phase) -> bool:
+        """Return whether the optimizers leave all weights alone in the step in which a phase begins; by default not.
+
+        It can be so only where the phase needs gradients. The step counts all the same.
+        """
+        return False
+
+    def reset_scope(self, left: Phase, entered: Phase) -> ResetScope:
+        """Return whose optimizer state goes back to its initial values between two phases; by default nobody's."""
+        return "none"
+
+    @property
+    def learning_rate_steps(self) -> int:
+        """Length of the learning-rate schedule in optimizer steps; by default the whole run."""
+        return self.schedule.total_steps
+
+    def learning_rate_step(self, step: int) -> int:
+        """Return the step of the learning-rate schedule that a step of the run is at; by default the same.
+
+        A training loop sets the learning rate by it; a method that trains in rounds goes back in the schedule.
+        """
+        return step
+
+    def make_buffers(self, phase: Phase, state: SparseState) -> None:
+        """Make the buffers that the method keeps after a step of a phase, for loaders that fill existing tensors only.
+
+        Stored weights and masks are made already; by default there is nothing else.
+        """
+
+    # Around an update
+
     def before_update(self, state: SparseState) -> None:
         """Run once a step, between backward and the first optimizer's update, after gradients were masked.
 
         A step that a GradScaler skips has neither this nor `after_update`.
         """
 
-    def after_update(self, state: SparseState) -> None:
-        """Run once a step, after the last optimizer's update, before weights are masked."""
+    def after_update(self, state: SparseState) -> Masks | None:
+        """Run once a step, after the last optimizer's update, before weights are masked or projected.
 
-    def project(self, name: str, weight: Tensor, mask: Tensor) -> Tensor:
-        """Return the weight as the phase allows it; by default what the mask keeps.
+        Returns:
+            Masks to put in force from this step on, or None to keep those of the phase.
+        """
+
+    def gradient_masks(self, state: SparseState) -> Masks:
+        """Return which gradients the optimizer sees in a sparse phase; by default those of kept weights."""
+        return state.masks
+
+    def project(self, name: str, state: SparseState) -> Tensor:
+        """Return a target's weights as a sparse phase allows them; by default what the mask keeps.
 
         Args:
-            name: Canonical name.
-            weight: Any shape.
-            mask: Of the same shape, bool.
+            name: Canonical name of the target.
+            state: ``state.weights[name]`` is the weight after its update: the stored one, where weights are stored.
         """
-        return torch.where(mask, weight, 0)
+        return torch.where(state.masks[name], state.weights[name], 0)
 
-    def reset_scope(self, left: Phase, entered: Phase) -> ResetScope:
-        """Return whose optimizer state goes back to its initial values between two phases; by default nobody's."""
-        return "none"
+    def backward(self, closure: Callable[[], Tensor], state: SparseState) -> Tensor:
+        """Leave in ``.grad`` of every parameter what the optimizer is to be given, and return the loss.
+
+        Args:
+            closure: Runs forward and backward over the batch, adding to ``.grad``, and returns the loss.
+            state: Weights, masks and gradients.
+        """
+        return closure()
+
+    # What it learns beside the weights, costs, and is
+
+    def learned(self, state: SparseState) -> dict[str, Tensor]:
+        """Return initial values of parameters that the method learns, by target; the last optimizer updates them."""
+        return {}
+
+    def learned_group(self) -> dict[str, Any]:
+        """Return settings of the learned parameters' group in the optimizer, such as its weight decay."""
+        return {}
+
+    def passes(self, phase: Phase, *, enters: bool) -> tuple[Pass, ...]:
+        """Return the passes over the batch of one step, which training FLOPs are counted from.
+
+        Args:
+            phase: In force at the step.
+            enters: Whether the phase was entered in this step, between backward and update.
+        """
+        if enters:
+            return (Pass(weight_gradient="all"),)
+        return (Pass(),)
 
     def config(self) -> dict[str, Any]:
         """Return the method as plain data: its name, and every field; a schedule as [start, stop, sparsity] per phase.
@@ -94,7 +173,11 @@ class Method(ABC):
         """
         return {
             "name": type(self).__name__,
-            **{f.name: _plain(getattr(self, f.name), f.name) for f in dataclasses.fields(self)},
+            **{
+                f.name: _plain(value, f.name)
+                for f in dataclasses.fields(self)
+                if (value := getattr(self, f.name)) is not None or f.name != "ham"
+            },
         }
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from sparsetwin.errors import ScheduleError
 from sparsetwin.masking import Masks
-from sparsetwin.methods._base import Method, SparseState
+from sparsetwin.methods._base import Method
+from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 
 

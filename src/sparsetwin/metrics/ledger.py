@@ -79,6 +79,21 @@ class FlopsLedger:
         self._samples += samples
         self._training_flops += training_flops(forward_flops, samples)
 
+    def add_flops(self, flops: int, *, samples: int = 0) -> None:
+        """Add FLOPs that were counted pass by pass.
+
+        Args:
+            flops: Of all the samples together.
+            samples: Samples trained on; 0 for passes that a dense training does not have.
+
+        Raises:
+            ConfigError: If a number is negative.
+        """
+        if flops < 0 or samples < 0:
+            raise ConfigError(f"flops and samples are not negative, got {flops} and {samples}")
+        self._samples += samples
+        self._training_flops += flops
+
     def state_dict(self) -> dict[str, int]:
         """Return the state as plain integers."""
         return {

@@ -1,15 +1,16 @@
 """Run configurations, and the functions that return them."""
 
-from sparsetwin.recipes._build import build_run, check_recipe, describe, model_factory
+from sparsetwin.recipes._build import build_run, check_recipe, describe, model_factory, options_of
 from sparsetwin.recipes._imports import import_object
+from sparsetwin.recipes._methods import MethodSettings
 from sparsetwin.recipes._recipe import (
-    MethodSettings,
     ModelSettings,
     Recipe,
     TargetSettings,
     recipe_from_plain,
 )
 from sparsetwin.recipes._schedule import ScheduleSettings
+from sparsetwin.recipes._shape import example_input, meta_model
 from sparsetwin.recipes.registry import RECIPES, find_recipe
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "build_run",
     "check_recipe",
     "describe",
+    "example_input",
     "find_recipe",
     "import_object",
+    "meta_model",
     "model_factory",
+    "options_of",
     "recipe_from_plain",
 ]

@@ -13,14 +13,20 @@ from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.models import MODELS
 from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
+from sparsetwin.recipes._trained import check_trained, located, teacher_from, trained_weights
 from sparsetwin.training import (
+    ALONE,
+    OWN,
     Listener,
     LoopSettings,
+    Processes,
     Run,
     RunFolder,
     RunParts,
-    branch_step,
+    check_distributed,
     choose_device,
+    finetuning_step,
+    has_dense_half,
     make_deterministic,
 )
 from sparsetwin.training.environment import git_commit, machine, versions
@@ -36,11 +42,14 @@ def check_recipe(recipe: Recipe) -> None:
         SparsetwinError: If the model, an option of it or the schedule cannot be had as asked.
     """
     _constructor(recipe.model)
+    check_trained(recipe)
+    device = choose_device(recipe.device)
+    check_distributed(recipe.distributed, recipe.train, recipe.optimizer, device=device)
     in_steps = recipe.schedule.unit == "steps" and recipe.schedule.paper is None and recipe.method.name != "dense"
     if not in_steps:  # lengths in steps mean something only when the steps of an epoch are known
         method = recipe.method.build(recipe.schedule, steps_per_epoch=_ANY_STEPS, epochs=recipe.train.epochs)
         if recipe.train.dense_finetune:
-            branch_step(method.schedule)
+            finetuning_step(method)
 
 
 def model_factory(settings: ModelSettings, splits: Splits, device: torch.device) -> Callable[[], nn.Module]:
@@ -70,6 +79,15 @@ def model_factory(settings: ModelSettings, splits: Splits, device: torch.device)
     return make
 
 
+def options_of(settings: ModelSettings) -> tuple[str, ...]:
+    """Return the options that a network takes.
+
+    Raises:
+        ConfigError: If the network is unknown.
+    """
+    return tuple(_constructor(settings)[1])
+
+
 def _constructor(settings: ModelSettings) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
     """Return what builds a network, and the parameters that it takes."""
     if ":" in settings.name:
@@ -97,7 +115,14 @@ def _constructor(settings: ModelSettings) -> tuple[Callable[..., Any], Mapping[s
     return constructor, accepted
 
 
-def build_run(recipe: Recipe, folder: RunFolder, *, data: Path | None, listeners: Sequence[Listener] = ()) -> Run:
+def build_run(
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    data: Path | None,
+    listeners: Sequence[Listener] = (),
+    processes: Processes = ALONE,
+) -> Run:
     """Read the data and put a run together in its folder, which has its ``run.json`` already.
 
     Args:
@@ -105,22 +130,32 @@ def build_run(recipe: Recipe, folder: RunFolder, *, data: Path | None, listeners
         folder: The run folder.
         data: Folder of the data set, if it needs one.
         listeners: Told what happens.
+        processes: Those that train together, of which each builds its own.
 
     Raises:
         SparsetwinError: If data, model, schedule or targets cannot be had as asked.
     """
-    device = choose_device(recipe.device)
+    device = processes.device(recipe.device)
     make_deterministic(deterministic=recipe.train.deterministic)
-    splits = recipe.dataset.load(
-        data,
-        batch_size=recipe.train.batch_size,
-        eval_batch_size=recipe.train.eval_batch_size,
-        seed=recipe.seed,
-        device=device,
+    splits = processes.first_alone(
+        lambda: recipe.dataset.load(
+            data,
+            batch_size=recipe.train.batch_size,
+            eval_batch_size=recipe.train.eval_batch_size,
+            seed=recipe.seed,
+            device=device,
+        )
     )
     steps_per_epoch = len(splits.train)
+    processes.check_batches(splits.train, batch_size=recipe.train.batch_size, cuts=recipe.train.accumulation)
+    make = model_factory(recipe.model, splits, device)
+    teacher = recipe.train.teacher
+    if teacher is not None and recipe.distributed.fsdp:
+        raise ConfigError("--train.teacher does not work with --fsdp; leave one of them out")
     parts = RunParts(
-        make_model=model_factory(recipe.model, splits, device),
+        make_model=make,
+        begin_with=None if recipe.pretrained is None else trained_weights(recipe.pretrained),
+        make_teacher=None if teacher in (None, OWN) else teacher_from(teacher, make, model_factory, splits, device),
         splits=splits,
         method=recipe.method.build(recipe.schedule, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs),
         targets=recipe.targets.build(),
@@ -129,18 +164,23 @@ def build_run(recipe: Recipe, folder: RunFolder, *, data: Path | None, listeners
             learning_rate=recipe.learning_rate,
             train=recipe.train,
             steps_per_epoch=steps_per_epoch,
+            distributed=recipe.distributed,
         ),
         seed=recipe.seed,
         device=device,
+        processes=processes,
     )
     return Run(folder, parts, listeners=listeners)
 
 
-def describe(recipe: Recipe, *, name: str, data: Path | None, command: str, device: torch.device) -> Mapping[str, Any]:
+def describe(
+    recipe: Recipe, *, name: str, data: Path | None, command: str, device: torch.device, processes: Processes = ALONE
+) -> Mapping[str, Any]:
     """Return what ``run.json`` holds: the whole configuration, seed, threads, versions, commit and machine."""
     return {
+        **({"processes": processes.count} if processes.are_many else {}),
         "recipe": name,
-        "config": recipe.plain(),
+        "config": located(recipe).plain(),
         "data": None if data is None else str(data.resolve()),
         "command": command,
         "seed": recipe.seed,

@@ -1,20 +1,18 @@
 """What a recipe is: the whole configuration of a run as one frozen dataclass, to plain data and back."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from sparsetwin.data import SOURCES, DataSource
-from sparsetwin.distributions import Distribution, Global, Uniform
 from sparsetwin.errors import ConfigError
-from sparsetwin.methods import ACDC, Dense, Method
-from sparsetwin.optimizer_state import ResetScope
+from sparsetwin.recipes._methods import MethodSettings
 from sparsetwin.recipes._named_values import NAMED_VALUES
 from sparsetwin.recipes._plain import from_plain, to_plain
 from sparsetwin.recipes._schedule import ScheduleSettings
-from sparsetwin.schedules import constant
 from sparsetwin.targets import Targets
-from sparsetwin.training import LearningRateSettings, OptimizerSettings, TrainSettings
+from sparsetwin.training import DistributedSettings, LearningRateSettings, OptimizerSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,32 +23,6 @@ class ModelSettings:
     """A reference network's name, or module:callable of your own."""
     options: Annotated[dict[str, Any], NAMED_VALUES] = field(default_factory=dict)
     """Arguments of the network's constructor, such as: dropout=0.3 width=64. Those not given stay as they are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """How to train sparsely."""
-
-    name: Literal["acdc", "dense"] = "acdc"
-    """acdc, or dense for a baseline of equal length."""
-    distribution: Literal["global", "uniform"] = "global"
-    """One ranking over all layers, or the same sparsity in each."""
-    reset: ResetScope = "all"
-    """Whose optimizer state is restored when weights come back: all, targets or none."""
-    minimum_kept: int = 1
-    """Weights that every layer keeps."""
-
-    def build(self, schedule: ScheduleSettings, *, steps_per_epoch: int, epochs: int) -> Method:
-        """Return the method with its schedule in steps."""
-        if self.name == "dense":
-            return Dense(schedule=constant(sparsity=0.0, total_steps=steps_per_epoch * epochs))
-        distribution: Distribution = Global() if self.distribution == "global" else Uniform()
-        return ACDC(
-            schedule=schedule.build(steps_per_epoch=steps_per_epoch, epochs=epochs),
-            distribution=distribution,
-            reset=self.reset,
-            minimum_kept=self.minimum_kept,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +57,11 @@ class Recipe:
     optimizer: OptimizerSettings = OptimizerSettings()
     learning_rate: LearningRateSettings = LearningRateSettings()
     train: TrainSettings = TrainSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    pretrained: str | None = None
+    """Trained weights to begin with: a run folder, whose dense half it is, or a file of safetensors. A relative path
+    is taken from the folder in which the run begins; run.json holds it in full. Resuming from a checkpoint does not
+    read it again."""
     seed: int = 0
     """Of initial weights, data order, augmentation and dropout."""
     device: str = "auto"
@@ -99,6 +76,8 @@ class Recipe:
     def plain(self) -> dict[str, Any]:
         """Return the recipe as JSON-able data; `recipe_from_plain` reads it back."""
         data: dict[str, Any] = to_plain(self, known=_CLASSES, where="recipe")
+        if self.distributed == DistributedSettings():  # as runs of one process, and of older releases, have it
+            del data["distributed"]
         return data
 
 
@@ -106,7 +85,7 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         Recipe, ModelSettings, ScheduleSettings, MethodSettings, TargetSettings,
-        OptimizerSettings, LearningRateSettings, TrainSettings, *SOURCES.values(),
+        OptimizerSettings, LearningRateSettings, TrainSettings, DistributedSettings, *SOURCES.values(),
     )
 }  # fmt: skip
 
@@ -120,5 +99,7 @@ def recipe_from_plain(data: Any) -> Recipe:
     Raises:
         ConfigError: If a class or a field is unknown or missing, or a value is of another type.
     """
+    if isinstance(data, Mapping) and data.get("type") == "Recipe" and "distributed" not in data:
+        data = {**data, "distributed": to_plain(DistributedSettings(), known=_CLASSES, where="config")}
     recipe: Recipe = from_plain(data, Recipe, known=_CLASSES, where="config")
     return recipe

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Literal
 
 from sparsetwin.errors import ConfigError, ScheduleError
-from sparsetwin.schedules import Schedule, alternating, check_sparsity, in_steps, paper, phases
+from sparsetwin.recipes._kinds import COURSES, PLACES, Course, Kind, Places
+from sparsetwin.schedules import Schedule, alternating, check_sparsity, in_steps, paper, phases, ramped
 
 _LENGTHS = ("warmup", "sparse", "dense", "final_dense", "final_sparse")
 
@@ -19,7 +20,8 @@ class ScheduleSettings:
     sparsity: float = 0.9
     """Fraction of the target weights that is zero in sparse phases."""
     paper: str | None = None
-    """A published schedule by name, such as imagenet-100, instead of the lengths below; None uses these."""
+    """A published schedule of AC/DC by name, such as imagenet-100, instead of the lengths below; None uses these. A
+    method with a usual course of another kind has that, unless kind is alternating."""
     unit: Literal["epochs", "steps", "fractions"] = "epochs"
     """Unit of the lengths."""
     warmup: float = 10
@@ -34,24 +36,87 @@ class ScheduleSettings:
     """The last sparse phase, at least."""
     phases: tuple[tuple[float, float], ...] = ()
     """Explicit phases instead, as pairs of length and sparsity; 0 is dense."""
+    ramp: float = 0
+    """Length of the ramp with which each sparse phase begins; 0 prunes at once."""
+    ramp_prunings: int = 4
+    """Prunings of a ramp."""
+    kind: Kind | None = None
+    """Which schedule: alternating (the lengths above), gradual, periodic, constant, oneshot, rounds, cut; None is what
+    the method usually has. All but the first turn at the places below, whose None is the method's usual place."""
+    start: float | None = None
+    """Begin of gradual pruning, of one-shot's or a cut's sparse phase; the step that rounds go back to."""
+    stop: float | None = None
+    """Last pruning of gradual, end of the mask updates of periodic schedules."""
+    every: float | None = None
+    """Time between prunings of gradual, between mask updates of periodic schedules; at least one step."""
+    initial_sparsity: float = 0.0
+    """Sparsity with which a gradual schedule begins."""
+    rounds: int = 3
+    """Prunings of iterative magnitude pruning."""
 
-    def build(self, *, steps_per_epoch: int, epochs: int) -> Schedule:
+    def build(self, *, steps_per_epoch: int, epochs: int, method: str = "acdc") -> Schedule:
         """Return the schedule of a run.
 
         Args:
             steps_per_epoch: Optimizer steps of one epoch.
             epochs: Length of the run.
+            method: Name of the method, which has a usual kind of schedule.
 
         Raises:
             ScheduleError: If the lengths do not fit the run, or hold no sparse phase; it says what to change.
             ConfigError: If a published schedule and lengths are given at once.
         """
         check_sparsity(self.sparsity)
-        if self.paper is not None:
+        course = COURSES.get(method, COURSES["acdc"])
+        kind = self.kind_of(method)
+        self._check_places(kind)
+        if self.paper is not None and kind == "alternating":
             return self._published(self.paper, steps_per_epoch=steps_per_epoch, epochs=epochs)
         if self.phases:
             return self._explicit(steps_per_epoch=steps_per_epoch, epochs=epochs)
-        return self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
+        if kind != "alternating":
+            return self._turning(kind, course, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        made = self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
+        if not self.ramp:
+            return made
+        return ramped(made, ramp_steps=self._steps(self.ramp, steps_per_epoch, epochs), prunings=self.ramp_prunings)
+
+    def kind_of(self, method: str) -> Kind:
+        """Return which kind of schedule a method gets, unless its phases are given one by one."""
+        return self.kind or COURSES.get(method, COURSES["acdc"]).kind
+
+    def _check_places(self, kind: Kind) -> None:
+        """Refuse places that would do nothing."""
+        used = () if self.phases else PLACES[kind]
+        given = [name for name in ("start", "stop", "every") if getattr(self, name) is not None and name not in used]
+        if given:
+            what = "explicit phases take" if self.phases else f"a schedule of kind {kind} takes"
+            raise ConfigError(
+                f"{what} no {_flags(given)}" + (f"; it has: {_flags(used)}" if used else "; leave it out")
+            )
+
+    def _turning(self, kind: Kind, course: Course, *, steps_per_epoch: int, epochs: int) -> Schedule:
+        total = steps_per_epoch * epochs
+
+        def place(name: str) -> int:
+            given: float | None = getattr(self, name)
+            if given is None:
+                usual: float = getattr(course, name)
+                return max(round(usual * total), int(name == "every"))
+            exact = given * {"steps": 1, "epochs": steps_per_epoch, "fractions": total}[self.unit]
+            if 0 < exact <= 0.5:  # which `in_steps` refuses, but a place may be at the start, and an interval one step
+                return int(name == "every")
+            return self._steps(given, steps_per_epoch, epochs)
+
+        places = Places(
+            total_steps=total,
+            start=place("start"),
+            stop=place("stop"),
+            every=place("every"),
+            initial_sparsity=self.initial_sparsity,
+            rounds=self.rounds,
+        )
+        return places.build(kind, sparsity=self.sparsity)
 
     def _published(self, name: str, *, steps_per_epoch: int, epochs: int) -> Schedule:
         made = paper(name, sparsity=self.sparsity, steps_per_epoch=steps_per_epoch)

@@ -13,16 +13,26 @@ from sparsetwin.report._run_folder import (
     read_run,
 )
 from sparsetwin.report.html import write_report
+from sparsetwin.report.method_table import (
+    METHOD_HEADINGS,
+    MethodRow,
+    method_cells,
+    method_csv,
+    method_markdown,
+    write_method_page,
+)
 from sparsetwin.report.tables import HEADINGS, MemberRow, cells, markdown, member_rows, verdict
 
 __all__ = [
     "HEADINGS",
+    "METHOD_HEADINGS",
     "Epoch",
     "EpochTime",
     "Final",
     "MaskChange",
     "Member",
     "MemberRow",
+    "MethodRow",
     "PhaseEnd",
     "Quality",
     "Run",
@@ -30,7 +40,11 @@ __all__ = [
     "cells",
     "markdown",
     "member_rows",
+    "method_cells",
+    "method_csv",
+    "method_markdown",
     "read_run",
     "verdict",
+    "write_method_page",
     "write_report",
 ]

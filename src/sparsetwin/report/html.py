@@ -35,7 +35,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         content = page(f"{run.recipe}: {name}", _one(name, run))
     else:
         content = page(f"{len(runs)} runs compared", _several(runs))
-    _write(out, content)
+    write_page(out, content)
     return out
 
 
@@ -76,7 +76,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _write(out: Path, content: str) -> None:
+def write_page(out: Path, content: str) -> None:
+    """Write a page; it appears at once and whole, in place of one that is there.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

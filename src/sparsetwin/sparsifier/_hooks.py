@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetwin._compat import is_capturing
+from sparsetwin._compat import is_capturing, local
 from sparsetwin.errors import TargetError, UsageError
 from sparsetwin.optimizer_state import innermost
 
@@ -76,6 +76,12 @@ class StepHooks:
         """Return all parameters of an optimizer."""
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
+    def groups(self, tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Any]]:
+        """Return the parameter group of each parameter that an optimizer updates, as it is now."""
+        every_group = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = {parameter: group for group in every_group for parameter in group["params"]}
+        return {name: groups[tensor] for name, tensor in tensors.items() if tensor in groups}
+
     def owners(self, targets: Mapping[str, nn.Parameter]) -> dict[Optimizer, list[str]]:
         """Return which targets each optimizer updates.
 
@@ -123,6 +129,25 @@ class StepHooks:
         self._after(optimizer, self._skips[optimizer])
 
 
+def changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are zero: loaders of distributed checkpoints step so to make an optimizer's state."""
+    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def unscale_(optimizer: Optimizer) -> None:
+    """Divide gradients by the scale of a GradScaler now, where a fused optimizer would do it within its update."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    inverse = scale.double().reciprocal().float()  # as GradScaler.unscale_ does
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter.grad is not None:
+            gradient = local(parameter.grad)
+            gradient.mul_(inverse.to(gradient.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
 def _will_skip(optimizer: Optimizer) -> bool:
     """Whether a GradScaler makes a fused optimizer skip its update; an unfused one is not called at all then."""
     found_inf = getattr(optimizer, "found_inf", None)
@@ -139,16 +164,22 @@ def refuse_unsupported(model: nn.Module, optimizers: Sequence[Optimizer]) -> Non
     """Refuse by name what no hook around ``optimizer.step`` can serve.
 
     Raises:
-        UsageError: For FSDP1, optimizer-in-backward and LBFGS; it says what to use instead.
+        UsageError: For FSDP1, DeepSpeed, optimizer-in-backward and LBFGS; it says what to use instead.
     """
     for optimizer in optimizers:
         if isinstance(innermost(optimizer), torch.optim.LBFGS):
             raise UsageError("LBFGS searches along a line of weights and cannot keep masks; use SGD, Adam or another")
     for module in model.modules():
-        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+        kinds = {base.__name__ for base in type(module).__mro__}
+        if "FullyShardedDataParallel" in kinds:
             raise UsageError(
                 "FSDP1 (FullyShardedDataParallel) flattens weights into one parameter, whose layers cannot be masked; "
-                "use DistributedDataParallel instead"
+                "use fully_shard (FSDP2), which shards them as they are, or DistributedDataParallel"
+            )
+        if "DeepSpeedEngine" in kinds:
+            raise UsageError(
+                "DeepSpeed ZeRO flattens weights, so that no mask fits them, and updates them by itself; use "
+                "fully_shard (FSDP2), which shards them as they are, or DistributedDataParallel"
             )
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_is_flat_param", False):

@@ -85,6 +85,16 @@ def warn_of_thin_layers(masks: Masks, *, stacklevel: int) -> None:
         )
 
 
+def returned_weights(old: Tensor, new: Tensor | None) -> Tensor:
+    """Return which weights come back: pruned by the old mask, and not by the new one, if there is one.
+
+    Args:
+        old: Bool mask.
+        new: Bool mask of the same shape, or None in a dense phase.
+    """
+    return ~old if new is None else new & ~old
+
+
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether every element of every tensor is finite."""
     return all(bool(local(tensor).isfinite().all()) for tensor in tensors)

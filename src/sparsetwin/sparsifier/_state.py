@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetwin.errors import StateError
 from sparsetwin.masking import Masks, count_pruned_nonzero
-from sparsetwin.methods import Method, SparseState
+from sparsetwin.methods import STORED, Method, SparseState
 from sparsetwin.schedules import Phase, Schedule
 
 VERSION = 1
@@ -25,27 +25,32 @@ class LoadedState:
     phase: Phase | None
     masks: Masks
     buffers: dict[str, dict[str, Tensor]]
+    learned: Mapping[str, Tensor]
     generator_state: Tensor | None
 
 
-def dump_state(method: Method, state: SparseState, *, steps: int, phase: Phase | None) -> dict[str, Any]:
+def dump_state(method: Method, state: SparseState, *, phase: Phase | None) -> dict[str, Any]:
     """Return the state as ints, floats, strings and tensors in dicts and lists."""
     dumped: dict[str, Any] = {
         "version": VERSION,
         "method": method.config(),
         "targets": {name: list(weight.shape) for name, weight in state.weights.items()},
-        "steps": steps,
+        "steps": state.steps,
         "phase": -1 if phase is None else phase.index,
         "masks": dict(state.masks),
         "buffers": {what: dict(tensors) for what, tensors in state.buffers.items()},
     }
+    if state.learned:
+        dumped["learned"] = {name: value.detach() for name, value in state.learned.items()}
     if method.draws:
         dumped["rng"] = state.generator.get_state()
     return dumped
 
 
-def read_state(state: Mapping[str, Any], method: Method, weights: Mapping[str, Tensor]) -> LoadedState:
-    """Check saved state against a method and the weights it is to be loaded for.
+def read_state(
+    state: Mapping[str, Any], method: Method, weights: Mapping[str, Tensor], *, of: SparseState
+) -> LoadedState:
+    """Check saved state against a method, the weights it is to be loaded for, and the state that it is to replace.
 
     Raises:
         StateError: Naming the first thing that does not fit.
@@ -55,11 +60,15 @@ def read_state(state: Mapping[str, Any], method: Method, weights: Mapping[str, T
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     _check_equal(state["targets"], shapes, owner="this model", prefix="target ")
     phase = _phase(state["phase"], state["steps"], method.schedule)
+    masks = _masks(state["masks"], weights, phase)
+    if method.stores_weights and masks.keys() != state["buffers"].get(STORED, {}).keys():
+        raise StateError(f"the saved state has masks of {len(masks)} targets and stored weights of others; was it cut?")
     return LoadedState(
         state["steps"],
         phase,
-        _masks(state["masks"], weights, phase),
-        {what: _fitted(what, tensors, weights) for what, tensors in state["buffers"].items()},
+        masks,
+        {what: _fitted(what, tensors, {**weights, **of.tensors}) for what, tensors in state["buffers"].items()},
+        _learned(state.get("learned", {}), of.learned),
         state["rng"].cpu() if method.draws else None,
     )
 
@@ -114,6 +123,15 @@ def _masks(saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], phase: Ph
     return masks
 
 
+def _learned(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    shapes, expected = ({name: tuple(value.shape) for name, value in of.items()} for of in (saved, current))
+    if shapes != expected:
+        raise StateError(
+            f"the saved state has learned {shapes or 'nothing'}, the method learns {expected or 'nothing'}"
+        )
+    return saved
+
+
 def _fitted(
     what: str, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -121,14 +139,23 @@ def _fitted(
     for name, tensor in saved.items():
         if name not in weights:
             raise StateError(f"the saved state has a {what} for {name}, which is no target of this model")
-        if tensor.shape != weights[name].shape:
+        if tensor.shape != weights[name].shape and (dtype is not None or not _spans(tensor, weights[name])):
             raise StateError(
                 f"the saved {what} of {name} has shape {tuple(tensor.shape)}, the weight {tuple(weights[name].shape)}"
             )
         if dtype is not None and tensor.dtype != dtype:
             raise StateError(f"the saved {what} of {name} has dtype {tensor.dtype}, expected {dtype}")
-    return {
-        name: torch.empty_like(weight, dtype=saved[name].dtype, requires_grad=False).copy_(saved[name])
-        for name, weight in weights.items()
-        if name in saved
-    }
+    return {name: _placed(saved[name], weight) for name, weight in weights.items() if name in saved}
+
+
+def _spans(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor has the weight's dimensions, some of them 1: a value for each output, or one for the layer."""
+    if tensor.ndim != weight.ndim:
+        return False
+    return all(one in (1, size) for one, size in zip(tensor.shape, weight.shape, strict=True))
+
+
+def _placed(tensor: Tensor, weight: Tensor) -> Tensor:
+    if tensor.shape != weight.shape:
+        return tensor.to(weight.device, copy=True)
+    return torch.empty_like(weight, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

@@ -110,4 +110,6 @@ def _git(*arguments: str, folder: Path) -> str | None:
 
 def command_line() -> str:
     """Return how this process was called, with the program's bare name."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name  # python -m runs the former
+    return shlex.join([name, *sys.argv[1:]])

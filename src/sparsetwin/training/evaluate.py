@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetwin.errors import UsageError
+from sparsetwin.training.processes import ALONE, Processes
 from sparsetwin.training.settings import Precision
 
 
@@ -60,14 +62,18 @@ def evaluate(
     *,
     precision: Precision = "fp32",
     channels_last: bool = False,
+    processes: Processes = ALONE,
 ) -> Score:
     """Evaluate a model in evaluation mode, and put it back into the mode it was in.
+
+    Several processes take the batches in turn, and all get the score.
 
     Args:
         model: Returns logits (batch, ..., classes).
         batches: Inputs and labels on the model's device.
         precision: Of the forward pass.
         channels_last: Turn image batches into channels-last memory format.
+        processes: Those that evaluate the same model on the same batches.
 
     Raises:
         UsageError: If there are no batches.
@@ -78,7 +84,7 @@ def evaluate(
     correct: list[Tensor] = []
     labels_seen = 0
     try:
-        for inputs, labels in batches:
+        for inputs, labels in islice(batches, processes.rank, None, processes.count):
             with autocast(inputs.device, precision):
                 logits = model(to_format(inputs, channels_last=channels_last))
             loss, right = loss_and_correct(logits, labels)
@@ -88,9 +94,13 @@ def evaluate(
     finally:
         for module, training in modes.items():
             module.training = training
-    if not labels_seen:
+    loss_sum = float(torch.stack(losses).sum()) if losses else 0.0
+    right_sum = int(torch.stack(correct).sum()) if correct else 0
+    told = processes.collect((loss_sum, right_sum, labels_seen))  # and added in the order of ranks
+    loss_sum, right_sum, seen = sum(t[0] for t in told), sum(t[1] for t in told), sum(t[2] for t in told)
+    if not seen:
         raise UsageError("there are no batches to evaluate on")
-    return Score(float(torch.stack(losses).sum()) / labels_seen, int(torch.stack(correct).sum()) / labels_seen)
+    return Score(loss_sum / seen, right_sum / seen)
 
 
 def to_format(inputs: Tensor, *, channels_last: bool) -> Tensor:

@@ -43,10 +43,12 @@ class Journal:
     Args:
         folder: The run folder.
         listeners: Get every event after it is on disk.
+        writes: Whether this is the process that writes; the others' events go nowhere.
     """
 
-    def __init__(self, folder: RunFolder, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, folder: RunFolder, listeners: Sequence[Listener] = (), *, writes: bool = True) -> None:
         self._folder = folder
+        self._writes = writes
         self._listeners = list(listeners)
 
     def listen(self, listeners: Sequence[Listener]) -> None:
@@ -55,13 +57,16 @@ class Journal:
 
     def event(self, event: Event) -> None:
         """Write one line of ``metrics.jsonl``."""
+        if not self._writes:
+            return
         append_line(self._folder.metrics, event)
         for listener in self._listeners:
             listener.event(event)
 
     def time(self, event: Event) -> None:
         """Write one line of ``timing.jsonl``."""
-        append_line(self._folder.timing, event)
+        if self._writes:
+            append_line(self._folder.timing, event)
 
     def progress(self, progress: Progress) -> None:
         """Tell listeners where the run is."""

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,18 +15,20 @@ from sparsetwin.methods import Dense, Method
 from sparsetwin.metrics import ForwardFlops, count_forward_flops, training_flops
 from sparsetwin.schedules import constant
 from sparsetwin.targets import Targets
-from sparsetwin.training.branching import branch_step
+from sparsetwin.training.branching import finetuning_step, has_dense_half
 from sparsetwin.training.environment import seed_everything
 from sparsetwin.training.journal import Journal, Listener
 from sparsetwin.training.members import score_members
+from sparsetwin.training.processes import ALONE, Processes, is_of_another
 from sparsetwin.training.run_folder import FINAL_EVENT, RunFolder
 from sparsetwin.training.run_state import check_state
 from sparsetwin.training.session import LoopSettings, Session
-from sparsetwin.training.stage import Batches, Stage
+from sparsetwin.training.stage import DENSE_START, Batches, Stage
 
 MAIN, FINETUNE, FINAL = "main", "dense-finetune", FINAL_EVENT
 _BRANCH = "branch"  # name of the checkpoint from which the dense half is trained on
 _VERSION = 1
+_SEEDS_APART = 1_000_003  # between the seeds of processes
 
 
 class Splits(Protocol):
@@ -60,6 +62,9 @@ class RunParts:
     settings: LoopSettings
     seed: int
     device: torch.device
+    processes: Processes = ALONE
+    make_teacher: Callable[[], nn.Module] | None = None  # a trained network to distil from
+    begin_with: Callable[[nn.Module], None] | None = None  # gives the model, at step 0, weights to begin with
 
 
 class Run:
@@ -77,15 +82,16 @@ class Run:
     def __init__(self, folder: RunFolder, parts: RunParts, *, listeners: Sequence[Listener] = ()) -> None:
         self.folder = folder
         self.parts = parts
-        self.journal = Journal(folder, listeners)
+        self.processes = parts.processes
+        self.journal = Journal(folder, listeners, writes=self.processes.is_first)
         self.store = CheckpointStore(folder.checkpoints)
         self.pair = Pair(folder.pair)
-        self._config = folder.read().get("config")
+        self._config = self.processes.of_first(folder.read).get("config")
         self._stage: Stage | None = None
         self._stop_requested = False
         self._spent = 0  # training FLOPs of stages that ended
         self._forward: ForwardFlops | None = None
-        self._branch_step = branch_step(parts.method.schedule) if parts.settings.train.dense_finetune else None
+        self._branch_step = finetuning_step(parts.method) if parts.settings.train.dense_finetune else None
 
     def listen(self, listeners: Sequence[Listener]) -> None:
         """Tell these listeners, too, what happens from here on."""
@@ -109,7 +115,8 @@ class Run:
             StateError: If the checkpoint is of another model or method.
             UsageError: If another process trains in the folder.
         """
-        with self.folder.locked():
+        with ExitStack() as stack:
+            self.processes.of_first(lambda: stack.enter_context(self.folder.locked()))
             state = self._latest()
             with self._saying_what_is_kept():
                 return self._course(state)
@@ -119,7 +126,7 @@ class Run:
     def _course(self, state: Mapping[str, Any] | None) -> bool:
         if state is not None and state["stage"] == FINAL:
             return self._finish()
-        stage = self._begin(MAIN if state is None else state["stage"])
+        stage = self._begin(MAIN if state is None else state["stage"], is_new=state is None)
         if state is None:
             self._start_event()
         else:
@@ -139,28 +146,58 @@ class Run:
         self._save({"stage": FINAL, "state": {}}, step=2 * self.parts.settings.total_steps)
         return self._finish()
 
-    def _begin(self, name: str) -> Stage:
+    def _begin(self, name: str, *, is_new: bool = False) -> Stage:
         parts = self.parts
         if name == MAIN:
-            method, dense = parts.method, "dense" if self._branch_step is None else "dense-raw"
+            method, dense = parts.method, self._dense_name()
         else:
             method, dense = Dense(schedule=constant(sparsity=0.0, total_steps=parts.settings.total_steps)), "dense"
-        session = Session(self._make_model(), method, targets=parts.targets, settings=parts.settings, seed=parts.seed)
+        model = self._make_model()
+        if is_new and parts.begin_with is not None:
+            parts.begin_with(model)
+        forward = self._forward_flops(model)
+        teacher = parts.make_teacher() if parts.make_teacher is not None else None
+        example = parts.splits.example_input
+        teacher_flops = forward.total() if teacher is None else count_forward_flops(teacher, example).total()
+        session = Session(
+            model,
+            method,
+            targets=parts.targets,
+            settings=parts.settings,
+            seed=parts.seed,
+            processes=self.processes,
+            sample_batch=self._sample_batch,
+            teacher=teacher,
+        )
+        if not self.processes.is_first:
+            seed_everything(parts.seed + _SEEDS_APART * self.processes.rank)  # dropout differs from part to part
         self._stage = Stage(
             name=name,
             session=session,
             train=parts.splits.train,
             holdout=parts.splits.holdout,
-            forward=self._forward_flops(session.model),
+            forward=forward,
             journal=self.journal,
             pair=self.pair,
             member_names={False: dense, True: "sparse"},
             branch_step=self._branch_step if name == MAIN else None,
             on_checkpoint=self._checkpoint,
             on_branch=self._keep_branch,
+            teacher_flops=teacher_flops,
         )
         self._stage.stop_requested = self._stop_requested
         return self._stage
+
+    def _dense_name(self) -> str:
+        """Return the member's name of what the last dense phase leaves."""
+        if self._branch_step is not None:
+            return "dense-raw"
+        return "dense" if has_dense_half(self.parts.method) else DENSE_START
+
+    def _sample_batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return the n-th batch for sampling gradients, the same one every time."""
+        epoch, start = divmod(index, len(self.parts.splits.train))
+        return next(iter(self.parts.splits.train.epoch(epoch, start=start)))
 
     def _make_model(self) -> nn.Module:
         """Make the model with the same draws every time, as it may keep some that its state does not hold."""
@@ -203,6 +240,7 @@ class Run:
             lambda: self.parts.splits.test.epoch(0),
             forward=forward,
             settings=self.parts.settings.train,
+            processes=self.processes,
         )
         self.journal.event(
             {
@@ -220,6 +258,12 @@ class Run:
 
     def _latest(self) -> Mapping[str, Any] | None:
         """Return the newest good checkpoint, with the logs as they were then; None begins at step 0."""
+        state = self.processes.of_first(self._read_latest)
+        if state is not None:
+            self._spent = state["spent"]
+        return state
+
+    def _read_latest(self) -> Mapping[str, Any] | None:
         try:
             found = self.store.latest()
         except CheckpointError as error:
@@ -230,7 +274,6 @@ class Run:
         state = found[1]
         check_state(state, version=_VERSION, config=self._config, where=str(self.folder.description))
         self.journal.rewind(state["log_sizes"])
-        self._spent = state["spent"]
         if state["stage"] == MAIN and self._branch_step is not None and state["step"] >= self._branch_step:
             self._warn_of_lost_branch()
         return state
@@ -244,6 +287,8 @@ class Run:
         self._save({"stage": stage.name, "state": stage.state_dict()}, step=step)
 
     def _save(self, state: Mapping[str, Any], *, step: int) -> None:
+        if not self.processes.is_first:
+            return
         common = {
             "version": _VERSION,
             "config": self._config,
@@ -256,9 +301,14 @@ class Run:
     def _keep_branch(self) -> None:
         assert self._stage is not None
         assert self._branch_step is not None
-        self.store.save(self._stage.state_dict(), step=self._branch_step, name=_BRANCH)
+        state = self._stage.state_dict()
+        if self.processes.is_first:
+            self.store.save(state, step=self._branch_step, name=_BRANCH)
 
     def _branch_state(self) -> Mapping[str, Any]:
+        return self.processes.of_first(self._read_branch)
+
+    def _read_branch(self) -> Mapping[str, Any]:
         try:
             return self.store.load_named(_BRANCH)[1]
         except CheckpointError as error:
@@ -301,4 +351,12 @@ class Run:
                 raise
             raise CheckpointError(
                 f"{error}. The run is kept; once there is space, continue with: sparsetwin resume {self.folder.path}"
+            ) from error
+        except RuntimeError as error:
+            if not self.processes.are_many or not is_of_another(error):
+                raise
+            found = str(error).split(". ")[0]
+            raise TrainingError(
+                f"another process of this run has stopped or cannot be reached ({found}); continue from the last "
+                f"checkpoint, with as many processes for the same bits, with: sparsetwin resume {self.folder.path}"
             ) from error

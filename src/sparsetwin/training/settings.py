@@ -86,13 +86,23 @@ class LearningRateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedSettings:
+    """How several processes that torchrun started train one model; a single process has no use for it."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the processes (FSDP2); without it each has a copy (DDP)."""
+    sync_batch_norm: bool = False
+    """Take batch-norm statistics over the whole batch instead of each process's part of it; on GPUs only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The training loop."""
 
     epochs: int = 200
     """Passes over the training set."""
     batch_size: int = 128
-    """Samples of one optimizer step."""
+    """Samples of one optimizer step, over all processes together."""
     eval_batch_size: int = 512
     """Samples of one evaluation batch."""
     accumulation: int = 1
@@ -107,6 +117,14 @@ class TrainSettings:
     """Decay of an exponential moving average of the weights within a phase, which is evaluated and saved; 0 is none."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last memory format."""
+    teacher: str | None = None
+    """Network to distil from: a run folder, whose dense half teaches, or a file of safetensors of the same network;
+    or own, the run's own dense half as the last dense phase left it, which teaches in sparse phases. A path is kept as
+    that of --pretrained is, but resuming reads it again."""
+    teacher_weight: float = 0.5
+    """Share of the teacher in the loss."""
+    teacher_temperature: float = 4.0
+    """What outputs are divided by before they are compared with the teacher's."""
     compile: bool = False
     """Run the model through torch.compile."""
     recalibrate_batches: int = 0
@@ -126,6 +144,11 @@ class TrainSettings:
         for name in ("ema_decay", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} needs to be below 1, got {getattr(self, name)}")
+        if not 0 < self.teacher_weight <= 1 or not 0 < self.teacher_temperature < math.inf:
+            raise ConfigError(
+                "teacher_weight needs to be in (0, 1] and teacher_temperature positive, got "
+                f"{self.teacher_weight} and {self.teacher_temperature}"
+            )
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} cannot be cut into {self.accumulation} equal parts")
         if not 0 < self.checkpoint_epochs < math.inf:

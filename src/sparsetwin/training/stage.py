@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from sparsetwin.batch_norm import recalibrate_batch_norm
 from sparsetwin.checkpoint import JSON, Pair
-from sparsetwin.errors import TrainingError
+from sparsetwin.errors import SelectionError, TrainingError
 from sparsetwin.masking import Masks, count_kept
 from sparsetwin.metrics import FlopsLedger, ForwardFlops, mask_change, nonzero_counts, sparsity_table
 from sparsetwin.schedules import Phase
+from sparsetwin.training.costs import Density, density_of, step_flops, updated_counts
 from sparsetwin.training.evaluate import Score, evaluate
 from sparsetwin.training.journal import Journal, Progress
 from sparsetwin.training.session import Session
+from sparsetwin.training.sharding import cut
+
+DENSE_START = "dense-start"
+"""Member that a dense phase is saved as which is only the begin of a sparse network."""
 
 _FLUSH_STEPS = 50  # steps between looks at the losses, which on a GPU wait for it
 _REMEDIES = "a lower learning rate, clipping (--train.clip-norm) or a longer warm-up may help"
@@ -75,6 +80,8 @@ class Stage:
     ledger: FlopsLedger = field(init=False)
     sums: Sums = field(default_factory=Sums)
     segment_samples: int = 0  # samples since the ledger's last entry
+    left_flops: int = field(init=False)  # of a forward pass of one sample, at the latest boundary
+    teacher_flops: int = 0  # of a forward pass of the teacher for one sample
     best: dict[str, list[float]] = field(default_factory=dict)  # member -> [accuracy, loss] on the hold-out
     previous_masks: Masks = field(default_factory=dict)  # of the last sparse phase that ended
     stop_requested: bool = False
@@ -83,6 +90,7 @@ class Stage:
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss and right predictions, not yet looked at
         self._epoch_began = time.perf_counter()
         self.ledger = FlopsLedger(self.forward.total())
+        self.left_flops = self.forward.total()
 
     @property
     def iteration(self) -> int:
@@ -111,7 +119,8 @@ class Stage:
             if step == self.branch_step:
                 self.on_branch()
             is_done = step >= settings.total_steps
-            stops = self.stop_requested  # looked at once, as a signal may come at any moment
+            # looked at once, as a signal may come at any moment, and to one process before the others
+            stops = self.session.processes.any(self.stop_requested)
             if is_done or stops or step % checkpoint_steps == 0:
                 self._flush()
                 self._check_weights()
@@ -128,26 +137,82 @@ class Stage:
 
     def _step(self, inputs: Tensor, labels: Tensor) -> bool:
         """Do one step and take its scores in; return False if the loss scaler skipped the update."""
-        before = self.session.steps
-        loss, correct = self.session.step(inputs, labels)
+        before, phase_before, was_taught = self.session.steps, self.session.sparsifier.phase, self._is_taught
+        loss, correct = self._updated(inputs, labels)
+        entered = self.session.sparsifier.phase
+        if entered is not None and entered != phase_before:
+            self._pay_for_samples(entered)
         if self.session.steps == before:
             self._check_overflows(loss)
             return False
         self._pending.append((self.session.steps, loss, correct))
         self.sums.labels += labels.numel()
         self.sums.samples += len(labels)
-        self.segment_samples += len(labels)
+        if self._phase != phase_before and self.session.sparsifier.method.needs_gradients(self._phase):
+            self._pay_for_entering(len(labels), is_taught=was_taught)
+        else:
+            self.segment_samples += len(labels)
         if len(self._pending) >= _FLUSH_STEPS:
             self._flush()
         return True
+
+    def _updated(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one step; a mask that cannot be chosen because the training has diverged is said to be that."""
+        try:
+            return self.session.step(inputs, labels)
+        except SelectionError as error:
+            if not self.session.processes.are_many:  # which all would have to take part in
+                self._flush()
+                self._check_weights()
+            if "NaN" in str(error):  # of a gradient, or of a weight that nothing was spoilt by yet
+                raise TrainingError(f"{error} at step {self.session.steps + 1} ({self.name}); {_REMEDIES}") from error
+            raise
+
+    @property
+    def _is_taught(self) -> bool:
+        teacher = self.session.teacher
+        return teacher is not None and teacher.teaches
+
+    def _pay_for_samples(self, entered: Phase) -> None:
+        """Count the gradients that were sampled to choose masks, with the weights of the phase that ended."""
+        samples = self.session.sparsifier.method.gradient_samples(entered) * self.session.settings.train.batch_size
+        each = 3 * self.left_flops + (self.teacher_flops if self._is_taught else 0)
+        self.ledger.add_flops(each * samples)
+
+    def _pay_for_entering(self, samples: int, *, is_taught: bool) -> None:
+        """Count a step between whose backward and update a phase began: its passes had the weights of the one before.
+
+        Args:
+            samples: Of the step.
+            is_taught: Whether there was a teacher in that step.
+        """
+        density = Density(all=self.forward.total(), kept=self.left_flops, updated=self.left_flops)
+        each = self._flops_each(self._phase, density, enters=True, is_taught=is_taught)
+        self.ledger.add_flops(samples * each, samples=samples)
+
+    def _pay_for_segment(self, nonzero: Mapping[str, int]) -> int:
+        """Count the steps since the last boundary; return the FLOPs of a forward pass of one sample."""
+        sparsifier = self.session.sparsifier
+        density = density_of(self.forward, nonzero, updated_counts(sparsifier), sparsifier.target_names)
+        each = self._flops_each(self._phase, density, enters=False, is_taught=self._is_taught)
+        self.ledger.add_flops(self.segment_samples * each, samples=self.segment_samples)
+        self.segment_samples, self.left_flops = 0, density.kept
+        return density.kept
+
+    def _flops_each(self, phase: Phase, density: Density, *, enters: bool, is_taught: bool) -> int:
+        """Return the FLOPs of one sample in one step; a teacher answers in every pass."""
+        method = self.session.sparsifier.method
+        taught = self.teacher_flops * len(method.passes(phase, enters=enters)) if is_taught else 0
+        return step_flops(method, phase, density, enters=enters) + taught
 
     def _flush(self) -> None:
         """Read the losses of the latest steps and refuse to go on from one that is not finite."""
         pending = self._pending
         if not pending:
             return
-        losses = torch.stack([loss for _, loss, _ in pending]).tolist()
-        correct = torch.stack([right for _, _, right in pending]).tolist()
+        processes = self.session.processes
+        losses = processes.sum(torch.stack([loss for _, loss, _ in pending])).tolist()
+        correct = processes.sum(torch.stack([right for _, _, right in pending])).tolist()
         for (step, _, _), loss, right in zip(pending, losses, correct, strict=True):
             if not -float("inf") < loss < float("inf"):
                 raise TrainingError(f"the loss is {loss} at step {step} ({self.name}); {_REMEDIES}")
@@ -168,7 +233,7 @@ class Stage:
         if self.session.skipped_in_a_row >= _OVERFLOWS:
             raise TrainingError(
                 f"{_OVERFLOWS} updates in a row overflowed after step {self.session.steps} ({self.name}), the loss is "
-                f"{loss.item():g}; {_REMEDIES}; or use --train.precision bf16"
+                f"{self.session.processes.sum(loss).item():g}; {_REMEDIES}; or use --train.precision bf16"
             )
 
     def _tell_progress(self, loss: float) -> None:
@@ -201,9 +266,7 @@ class Stage:
         model = self._member_model() if phase_ends else self.session.evaluated_model()
         score = self._score(model) if len(self.holdout) else None
         nonzero = nonzero_counts(model)
-        forward_flops = self.forward.total(nonzero)
-        self.ledger.add(forward_flops, samples=self.segment_samples)
-        self.segment_samples = 0
+        forward_flops = self._pay_for_segment(nonzero)
         counts = self._counts(nonzero) | {"holdout": score.plain() if score else None}
         if epoch_ends:
             self._epoch_event(counts, forward_flops)
@@ -214,7 +277,13 @@ class Stage:
 
     def _score(self, model: nn.Module) -> Score:
         train = self.session.settings.train
-        return evaluate(model, self.holdout.epoch(0), precision=train.precision, channels_last=train.channels_last)
+        return evaluate(
+            model,
+            self.holdout.epoch(0),
+            precision=train.precision,
+            channels_last=train.channels_last,
+            processes=self.session.processes,
+        )
 
     def _counts(self, nonzero: Mapping[str, int]) -> dict[str, Any]:
         sparsifier = self.session.sparsifier
@@ -247,10 +316,12 @@ class Stage:
 
     def _phase_event(self, model: nn.Module, counts: Mapping[str, Any], score: Score | None) -> None:
         phase, sparsifier = self._phase, self.session.sparsifier
+        schedule = sparsifier.method.schedule
         change = (
             mask_change(self.previous_masks, sparsifier.masks) if self.previous_masks and sparsifier.masks else None
         )
-        member = self.member_names.get(phase.is_sparse)
+        goes_on = phase.is_sparse and phase.stop < schedule.total_steps and schedule.at(phase.stop).is_sparse
+        member = None if goes_on else self.member_names.get(phase.is_sparse)  # of sparse phases in a row the last
         rows = sparsity_table(model, sparsifier.masks, sparsifier.target_names)
         self.journal.event(
             {
@@ -274,7 +345,7 @@ class Stage:
             }
         )
         if member is not None:
-            self.pair.save(model, sparsifier, name=member, metrics=_holdout(score))
+            self._save_member(model, member, score)
         if sparsifier.masks:
             self.previous_masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
 
@@ -283,13 +354,20 @@ class Stage:
         phase = self._phase
         if phase.is_sparse and phase.sparsity != self.session.sparsifier.method.schedule.final_sparsity:
             return
+        if self.member_names.get(phase.is_sparse) == DENSE_START:
+            return
         name = "sparse-best" if phase.is_sparse else "dense-best"
         if name in self.best:
             accuracy, loss = self.best[name]
             if not score.is_better_than(Score(loss=loss, accuracy=accuracy)):
                 return
         self.best[name] = [score.accuracy, score.loss]
-        self.pair.save(model, self.session.sparsifier, name=name, metrics=_holdout(score))
+        self._save_member(model, name, score)
+
+    def _save_member(self, model: nn.Module, name: str, score: Score | None) -> None:
+        view = self.session.view()
+        if self.session.processes.is_first:
+            self.pair.save(model, view, name=name, metrics=_holdout(score))
 
     def _member_model(self) -> nn.Module:
         """Return the model that a phase's end is judged and saved by: its batch norms recalibrated if asked for."""
@@ -308,8 +386,9 @@ class Stage:
             "ledger": self.ledger.state_dict(),
             "sums": vars(self.sums).copy(),
             "segment_samples": self.segment_samples,
+            "left_flops": self.left_flops,
             "best": dict(self.best),
-            "previous_masks": dict(self.previous_masks),
+            "previous_masks": self.session.whole(dict(self.previous_masks), keep=self.session.processes.is_first),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
@@ -318,8 +397,10 @@ class Stage:
         self.ledger.load_state_dict(state["ledger"])
         self.sums = Sums(**state["sums"])
         self.segment_samples = state["segment_samples"]
+        self.left_flops = state["left_flops"]
         self.best = dict(state["best"])
-        self.previous_masks = {name: mask.to(self.session.device) for name, mask in state["previous_masks"].items()}
+        masks = {name: mask.to(self.session.device) for name, mask in state["previous_masks"].items()}
+        self.previous_masks = cut(masks, self.session.sparsifier.weights)
 
 
 def _holdout(score: Score | None) -> dict[str, JSON]:

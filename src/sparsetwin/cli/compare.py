@@ -1,0 +1,115 @@
+"""``sparsetwin compare [RECIPE]``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparsetwin.cli._call import DataPath, Switch, parse, print_json, print_table
+from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
+from sparsetwin.comparison import TABLES, Plan, Progress, compare, find_contender
+from sparsetwin.recipes import Recipe, check_recipe, find_recipe, recipe_from_plain
+from sparsetwin.report import METHOD_HEADINGS, MethodRow, method_cells
+from sparsetwin.training.environment import command_line
+
+_SHORT_EPOCHS = 15
+_NOTE = (
+    "This comparison is a smoke test: it shows that every method runs to its end in one code base, and ranks nothing. "
+    "Runs of less than 15 epochs, or on data as small as the digits, say little about methods."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train methods x sparsities x seeds from one recipe and write one table, as CSV, Markdown and HTML.
+
+    A comparison that was stopped goes on with the same command. Every field of the recipe can be overridden as in
+    sparsetwin train.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    methods: tuple[str, ...] = ("acdc", "gmp", "rigl", "static", "dense")
+    """Methods, or LABEL=METHOD,FIELD=VALUE,... with other settings. dense is the dense baseline, small-dense-parameters
+    and small-dense-flops are narrower dense networks, equal to the sparse ones in these; acdc+ham, acdc++,
+    gmp-pretrained and others have settings of their own."""
+    sparsities: tuple[float, ...] = (0.9,)
+    """Sparsities at which each is trained."""
+    seeds: int = 3
+    """Seeds, counted from the recipe's own."""
+    trials: int = 0
+    """Runs in which each method's settings are chosen on the hold-out, for each sparsity; 0 takes the recipe's."""
+    equal_flops: Switch = False
+    """Train methods that cost less than the reference once more, as long as its FLOPs last."""
+    reference: str = "acdc"
+    """What the others are compared with."""
+    jobs: int = 0
+    """Runs at a time; 0 is one for each core that the recipe's threads leave."""
+    data: DataPath = None
+    """Folder of the data set, if the recipe needs one."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of the comparison; runs/compare-RECIPE by default."""
+    quiet: Switch = False
+    """Show no progress."""
+    json: Switch = False
+    """End with one JSON object on the last line."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command."""
+    given, rest = split_name(arguments)
+    name = given or "digits"
+    default = find_recipe(name)
+    args = parse(Compare, long_flags(rest), command=f"compare {name}", default=Compare(recipe=default))
+    recipe = recipe_from_plain(overridden(args.recipe, default=default).plain())
+    check_recipe(recipe)
+    plan = Plan(
+        recipe=recipe,
+        contenders=tuple(find_contender(text) for text in args.methods),
+        sparsities=args.sparsities,
+        seeds=tuple(range(recipe.seed, recipe.seed + args.seeds)),
+        trials=args.trials,
+        equal_flops=args.equal_flops,
+        reference=args.reference,
+    )
+    out = args.out or Path("runs") / f"compare-{name.replace(':', '-')}"
+    is_short = recipe.train.epochs < _SHORT_EPOCHS or name == "digits"
+    tables = compare(
+        plan,
+        out,
+        recipe_name=name,
+        command=command_line(),
+        data=args.data,
+        jobs=args.jobs or max(1, (os.cpu_count() or 1) // max(recipe.threads, 1)),
+        notes=(_NOTE,) if is_short else (),
+        on_progress=_silent if args.quiet else _tell,
+    )
+    for table, rows in tables.items():
+        if rows:
+            print_table(METHOD_HEADINGS, [method_cells(row) for row in rows], title=TABLES[table])
+    if is_short:
+        print(_NOTE)
+    print(f"tables: {out / 'comparison.csv'}, .md and .html")
+    if args.json:
+        print_json({"comparison": str(out), **{table: [_plain(row) for row in rows] for table, rows in tables.items()}})
+    return 0
+
+
+def _plain(row: MethodRow) -> dict[str, object]:
+    return vars(row).copy()
+
+
+def _silent(progress: Progress) -> None:
+    """Say nothing."""
+
+
+def _tell(progress: Progress) -> None:
+    failed = f", {progress.failed} of them failed" if progress.failed else ""
+    print(
+        f"{progress.finished} of {progress.known} runs finished{failed}; running: {', '.join(progress.running)}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,143 @@
+"""A whole comparison in a folder: begun, gone on with, and written down."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsetwin.comparison._contenders import Contender
+from sparsetwin.comparison._plan import Plan, Task
+from sparsetwin.comparison._results import rows_of
+from sparsetwin.comparison._runner import Progress, Runner
+from sparsetwin.comparison._spaces import knobs_of
+from sparsetwin.errors import UsageError
+from sparsetwin.report import MethodRow, method_csv, method_markdown, write_method_page
+from sparsetwin.training.environment import git_commit, machine, versions
+
+TABLES = {"epochs": "Equal epochs", "flops": "Equal training FLOPs"}
+"""Headings of the tables, by the names of `Task.table`."""
+
+_PLAN = "comparison.json"
+
+
+def compare(
+    plan: Plan,
+    out: Path,
+    *,
+    recipe_name: str,
+    command: str,
+    data: Path | None = None,
+    jobs: int = 1,
+    notes: tuple[str, ...] = (),
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, list[MethodRow]]:
+    """Run what of a comparison is not finished, and write its tables.
+
+    A comparison that was stopped goes on where it was, run by run and step by step; one that is finished writes its
+    tables anew.
+
+    Args:
+        plan: What is compared.
+        out: Folder: runs in ``runs/``, ``trials/`` and ``equal-flops/``, tables as CSV, Markdown and HTML.
+        recipe_name: Of the recipe.
+        command: For the page.
+        data: Folder of the data set, if the recipe needs one.
+        jobs: Runs at a time.
+        notes: Sentences for the page, such as that a short comparison ranks nothing.
+        on_progress: Told whenever a run begins or ends.
+
+    Returns:
+        Rows by table name.
+
+    Raises:
+        UsageError: If the folder holds another comparison.
+        TrainingError: If a run ends for another reason than that training came to nothing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    described = _describe(plan, recipe_name=recipe_name, command=command)
+    _begin(out / _PLAN, described)
+    runner = Runner(out=out, recipe_name=recipe_name, data=data, jobs=jobs, on_progress=on_progress)
+    known = runner.run(plan)
+    return write_tables(plan, known, out, notes=notes, about=_about(json.loads((out / _PLAN).read_text())))
+
+
+def write_tables(
+    plan: Plan, known: list[Task], out: Path, *, notes: tuple[str, ...], about: dict[str, str]
+) -> dict[str, list[MethodRow]]:
+    """Write ``comparison.csv``, ``.md`` and ``.html``, and one more CSV and Markdown file for equal FLOPs."""
+    tables = {name: rows_of(plan, known, out, table=name) for name in TABLES}
+    for name, rows in tables.items():
+        if rows:
+            stem = "comparison" if name == "epochs" else "comparison-equal-flops"
+            (out / f"{stem}.csv").write_text(method_csv(rows), encoding="utf-8")
+            (out / f"{stem}.md").write_text(method_markdown(rows), encoding="utf-8")
+    titled = {TABLES[name]: rows for name, rows in tables.items()}
+    title = f"{about['recipe']}: {len(plan.contenders)} methods compared"
+    write_method_page(titled, out / "comparison.html", title=title, notes=[*_said(plan), *notes], about=about)
+    return tables
+
+
+def _said(plan: Plan) -> list[str]:
+    """Return how the numbers came about."""
+    said = [
+        "Test accuracy after the last epoch: the mean over seeds, the deviation of the sample and the 95% interval of "
+        f"the mean (Student's t). Differences are to {plan.reference}, paired by seed. A method is called better or "
+        "worse only with at least five seeds and a p-value below 0.05 after Holm's correction; seeds here: "
+        f"{len(plan.seeds)}.",
+    ]
+    if plan.trials:
+        spaces = "; ".join(_space(contender) for contender in plan.contenders)
+        said.append(
+            f"Settings: the best of {plan.trials} trials for each method and sparsity, by hold-out accuracy after the "
+            "last epoch at a seed of its own. The first trial has the recipe's settings, each of the others draws: "
+            f"{spaces}."
+        )
+    else:
+        said.append("Settings were not tuned: every method has the recipe's.")
+    return said
+
+
+def _space(contender: Contender) -> str:
+    knobs = ", ".join(
+        f"{knob.path} {'×' if knob.unit == 'own' else ''}{list(knob.values)}" for knob in knobs_of(contender)
+    )
+    return f"{contender.label}: {knobs}"
+
+
+def _describe(plan: Plan, *, recipe_name: str, command: str) -> dict[str, object]:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "version": 1,
+        "plan": plan.plain(),
+        "recipe": recipe_name,
+        "command": command,
+        "versions": versions(),
+        "machine": machine(device),
+        "git_commit": git_commit(),
+    }
+
+
+def _begin(path: Path, described: dict[str, object]) -> None:
+    """Write the plan down, or refuse to go on with another one."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return
+    there = json.loads(path.read_text(encoding="utf-8")).get("plan", {})
+    here = described["plan"]
+    assert isinstance(here, dict)
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise UsageError(
+                f"{path.parent} holds another comparison: its {name} differs; choose another folder (--out), or give "
+                "the command of that one to go on with it"
+            )
+
+
+def _about(described: dict[str, object]) -> dict[str, str]:
+    def flat(values: object) -> str:
+        return ", ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else str(values)
+
+    return {name: flat(described[name]) for name in ("recipe", "machine", "versions", "git_commit", "command")}

@@ -1,0 +1,191 @@
+"""Which runs a comparison consists of, and in which order they depend on each other."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
+from sparsetwin.comparison._small import small_width
+from sparsetwin.comparison._spaces import trial_changes
+from sparsetwin.errors import ConfigError
+from sparsetwin.recipes import Recipe
+
+TUNING_SEED = 1000
+"""Seed of all trials; the compared runs have seeds of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison as it was asked for."""
+
+    recipe: Recipe
+    contenders: tuple[Contender, ...]
+    sparsities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    trials: int = 0  # runs in which each contender's settings are chosen on the hold-out; 0 takes them as they are
+    equal_flops: bool = False  # whether contenders that cost less than the reference are run longer as well
+    reference: str = "acdc"  # label of the contender that the others are compared with
+
+    def __post_init__(self) -> None:
+        labels = [contender.label for contender in self.contenders]
+        if len(set(labels)) < len(labels) or not labels:
+            raise ConfigError(f"a comparison needs contenders of different labels, got {', '.join(labels) or 'none'}")
+        if not self.sparsities or not self.seeds or self.trials < 0:
+            raise ConfigError("a comparison needs at least one sparsity and one seed, and not less than 0 trials")
+        if any(not 0 < sparsity < 1 for sparsity in self.sparsities):
+            raise ConfigError(f"sparsities are fractions between 0 and 1, got {self.sparsities}")
+        if self.equal_flops and self.reference not in labels:
+            raise ConfigError(f"equal FLOPs are those of {self.reference}, which is not among: {', '.join(labels)}")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the plan as JSON-able data, by which a resumed comparison is known to be the same."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        contenders = [dataclasses.asdict(contender) for contender in self.contenders]
+        plain = {**fields, "recipe": self.recipe.plain(), "contenders": contenders}
+        found: dict[str, Any] = json.loads(json.dumps(plain, sort_keys=True))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One run."""
+
+    folder: Path  # below the comparison's
+    recipe: Recipe
+    label: str
+    sparsity: float | None  # None of a dense run, which serves all sparsities
+    table: str  # "epochs", "flops", "trials" or PRETRAINED
+    pretrained: Path | None = None  # folder of the dense run whose weights it begins from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to, as far as planning needs it."""
+
+    holdout: float  # accuracy after the last epoch; NaN of a run that failed
+    training_flops: int
+
+
+def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
+    """Yield the runs that can be planned by what is known; the more have finished, the more there are.
+
+    Args:
+        plan: What is compared.
+        outcomes: Of the runs that have finished, or failed, by folder.
+    """
+    for seed in plan.seeds if any(contender.starts for contender in plan.contenders) else ():
+        yield _pretraining(plan, seed)
+    for contender in plan.contenders:
+        for sparsity in (None,) if contender.is_dense else plan.sparsities:
+            base = contender_recipe(plan, contender, sparsity)
+            found = yield from _tuned(plan, contender, sparsity, base, outcomes)
+            if found is None:
+                continue
+            for seed in plan.seeds:
+                yield from _runs(plan, contender, sparsity, changed(base, {**found, "seed": seed}), outcomes)
+
+
+def contender_recipe(plan: Plan, contender: Contender, sparsity: float | None) -> Recipe:
+    """Return the recipe of a contender at a sparsity, with untuned settings."""
+    recipe = changed(plan.recipe, {"train.dense_finetune": False, **contender.changes})
+    if sparsity is None:
+        return recipe
+    if contender.shrinks is not None:
+        width = small_width(plan.recipe, sparsity=sparsity, measure=contender.shrinks)
+        return changed(recipe, {"model.options.width": width})
+    return changed(recipe, {"schedule.sparsity": sparsity})
+
+
+def _pretraining(plan: Plan, seed: int) -> Task:
+    recipe = changed(plan.recipe, {"train.dense_finetune": False, "method.name": "dense", "seed": seed})
+    return Task(
+        folder=_pretrained_folder(seed),
+        recipe=_dense_defaults(recipe),
+        label=PRETRAINED,
+        sparsity=None,
+        table=PRETRAINED,
+    )
+
+
+def _dense_defaults(recipe: Recipe) -> Recipe:
+    return changed(recipe, {"method": type(recipe.method)(name="dense")})
+
+
+def _tuned(
+    plan: Plan, contender: Contender, sparsity: float | None, base: Recipe, outcomes: Mapping[Path, Outcome]
+) -> Generator[Task, None, dict[str, Any] | None]:
+    """Yield the trials; return the best one's changes, or None as long as some are not finished."""
+    best: tuple[float, dict[str, Any]] = (-math.inf, {})
+    waits = False
+    if plan.trials and contender.starts and _pretrained_folder(plan.seeds[0]) not in outcomes:
+        return None
+    for trial in range(plan.trials):
+        changes = trial_changes(contender, base, trial=trial, seed=TUNING_SEED)
+        folder = Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}"
+        seed = plan.seeds[0] if contender.starts else TUNING_SEED
+        yield Task(
+            folder=folder,
+            recipe=changed(base, {**changes, "seed": seed}),
+            label=contender.label,
+            sparsity=sparsity,
+            table="trials",
+            pretrained=_pretrained_folder(seed) if contender.starts else None,
+        )
+        if folder not in outcomes:
+            waits = True
+        elif outcomes[folder].holdout > best[0]:
+            best = (outcomes[folder].holdout, changes)
+    return None if waits else best[1]
+
+
+def _runs(
+    plan: Plan, contender: Contender, sparsity: float | None, recipe: Recipe, outcomes: Mapping[Path, Outcome]
+) -> Iterator[Task]:
+    """Yield a run, and once it and the reference have finished, its longer twin of equal FLOPs."""
+    pretrained = _pretrained_folder(recipe.seed) if contender.starts else None
+    if pretrained is not None and pretrained not in outcomes:
+        return
+    folder = _folder("runs", contender.label, sparsity, recipe.seed)
+    yield Task(
+        folder=folder, recipe=recipe, label=contender.label, sparsity=sparsity, table="epochs", pretrained=pretrained
+    )
+    reference = outcomes.get(_folder("runs", plan.reference, sparsity, recipe.seed))
+    own = outcomes.get(folder)
+    if not plan.equal_flops or sparsity is None or reference is None or own is None or not own.training_flops:
+        return
+    epochs = round(recipe.train.epochs * reference.training_flops / own.training_flops)
+    if contender.label != plan.reference and epochs > recipe.train.epochs:
+        longer = lengthened(recipe, epochs)
+        folder = _folder("equal-flops", contender.label, sparsity, recipe.seed)
+        yield Task(
+            folder=folder, recipe=longer, label=contender.label, sparsity=sparsity, table="flops", pretrained=pretrained
+        )
+
+
+def lengthened(recipe: Recipe, epochs: int) -> Recipe:
+    """Return a recipe that trains longer, with every length in epochs longer in proportion."""
+    factor = epochs / recipe.train.epochs
+    changes: dict[str, Any] = {"train.epochs": epochs}
+    if recipe.schedule.unit == "epochs":
+        for name in ("start", "stop", "every"):
+            given = getattr(recipe.schedule, name)
+            changes[f"schedule.{name}"] = None if given is None else given * factor
+    rate = recipe.learning_rate
+    changes["learning_rate.milestones"] = tuple(milestone * factor for milestone in rate.milestones)
+    return changed(recipe, changes)
+
+
+def _pretrained_folder(seed: int) -> Path:
+    return Path("runs") / PRETRAINED / f"seed-{seed}"
+
+
+def _folder(kind: str, label: str, sparsity: float | None, seed: int) -> Path:
+    return Path(kind) / label / _sparsity_name(sparsity) / f"seed-{seed}"
+
+
+def _sparsity_name(sparsity: float | None) -> str:
+    return "dense" if sparsity is None else f"{sparsity:g}"

@@ -1,0 +1,134 @@
+"""From finished runs to the rows of a table."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsetwin.comparison._plan import Plan, Task
+from sparsetwin.comparison._runner import outcome
+from sparsetwin.comparison._statistics import holm, paired_difference, summary
+from sparsetwin.errors import ConfigError
+from sparsetwin.metrics import count_forward_flops
+from sparsetwin.recipes import example_input, meta_model
+from sparsetwin.report import MethodRow, read_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished run."""
+
+    seed: int
+    accuracy: float  # test accuracy after the last epoch
+    sparsity: float  # achieved
+    training_share: float
+    inference_share: float
+    seconds: float
+
+
+_Key = tuple[str, float | None]
+
+
+def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list[MethodRow]:
+    """Return the rows of one table, in the order of sparsities and contenders.
+
+    Args:
+        plan: What is compared.
+        known: All tasks.
+        out: Folder of the comparison.
+        table: "epochs", or "flops", which has the reference's own runs beside the longer ones.
+    """
+    dense_forward, epochs = _dense_forward(plan), plan.recipe.train.epochs
+    results: dict[_Key, list[Result]] = {}
+    failed: dict[_Key, int] = {}
+    shown = [task for task in known if task.table == table]
+    if shown and table == "flops":
+        shown = [task for task in known if task.table == "epochs" and task.label == plan.reference] + shown
+    for task in shown:
+        key = (task.label, task.sparsity)
+        found = _result(out, task, dense_forward=dense_forward, epochs=epochs)
+        if found is not None:
+            results.setdefault(key, []).append(found)
+        elif outcome(out / task.folder) is not None:
+            failed[key] = failed.get(key, 0) + 1
+    keys = [key for key in {**results, **failed} if key in results or key in failed]
+    order = {contender.label: index for index, contender in enumerate(plan.contenders)}
+    keys.sort(key=lambda key: (-1.0 if key[1] is None else key[1], order.get(key[0], len(order))))
+    rows = [_row(key, results.get(key, []), failed.get(key, 0), results, plan) for key in keys]
+    return _corrected(rows)
+
+
+def _dense_forward(plan: Plan) -> int | None:
+    """Return the forward FLOPs of the plan's dense network; None if they are known to its runs only."""
+    try:
+        return count_forward_flops(meta_model(plan.recipe), example_input(plan.recipe.dataset)).total()
+    except ConfigError:
+        return None
+
+
+def _result(out: Path, task: Task, *, dense_forward: int | None, epochs: int) -> Result | None:
+    folder = out / task.folder
+    found = outcome(folder)
+    if found is None or not found.training_flops:
+        return None
+    run = read_run(folder)
+    assert run.final is not None
+    member = run.final.members.get("sparse") or run.final.members["dense"]
+    own_forward = run.final.dense_forward_flops
+    forward = dense_forward or own_forward  # of the plan's network, where this run has a narrower one
+    dense_flops = run.final.dense_training_flops * (forward / own_forward) * (epochs / run.start.epochs)
+    spent = run.final.training_flops
+    if task.pretrained is not None:
+        before = outcome(out / task.pretrained)
+        spent += before.training_flops if before else 0
+    return Result(
+        seed=run.seed,
+        accuracy=member.test.accuracy,
+        sparsity=member.sparsity,
+        training_share=spent / dense_flops,
+        inference_share=member.forward_flops / forward,
+        seconds=sum(epoch.seconds for epoch in run.times),
+    )
+
+
+def _row(key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, list[Result]], plan: Plan) -> MethodRow:
+    label, sparsity = key
+    nan = math.nan
+    if not found:
+        return MethodRow(
+            label=label, sparsity=sparsity, achieved_sparsity=nan, seeds=0, accuracy=nan, deviation=nan, half_width=nan,
+            difference=nan, difference_half_width=nan, p_value=nan, training_share=nan, inference_share=nan,
+            seconds=nan, failed=failed,
+        )  # fmt: skip
+    accuracy = summary([result.accuracy for result in found])
+    reference = {result.seed: result.accuracy for result in results.get((plan.reference, sparsity), [])}
+    pairs = [(result.accuracy, reference[result.seed]) for result in found if result.seed in reference]
+    compared = paired_difference(*zip(*pairs, strict=True)) if pairs and label != plan.reference else None
+    return MethodRow(
+        label=label,
+        sparsity=sparsity,
+        achieved_sparsity=summary([result.sparsity for result in found]).mean,
+        seeds=len(found),
+        accuracy=accuracy.mean,
+        deviation=accuracy.deviation,
+        half_width=accuracy.half_width,
+        difference=compared.mean if compared else nan,
+        difference_half_width=compared.half_width if compared else nan,
+        p_value=compared.p_value if compared else nan,
+        training_share=summary([result.training_share for result in found]).mean,
+        inference_share=summary([result.inference_share for result in found]).mean,
+        seconds=summary([result.seconds for result in found]).mean,
+        failed=failed,
+    )
+
+
+def _corrected(rows: list[MethodRow]) -> list[MethodRow]:
+    """Correct the p-values for the number of comparisons in the table (Holm)."""
+    tested = [index for index, row in enumerate(rows) if not math.isnan(row.p_value)]
+    for index, p_value in zip(tested, holm([rows[index].p_value for index in tested]), strict=True):
+        rows[index] = _with_p(rows[index], p_value)
+    return rows
+
+
+def _with_p(row: MethodRow, p_value: float) -> MethodRow:
+    return MethodRow(**{**vars(row), "p_value": p_value})

@@ -1,0 +1,85 @@
+"""What is tuned, over which values: the same search space and number of trials for every method.
+
+Trial 0 has the recipe's own settings; every other trial draws each knob anew. Learning rate and weight decay are tuned
+for all; a method's own knobs are those that its authors tune.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsetwin.comparison._contenders import Contender
+from sparsetwin.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting that is tuned."""
+
+    path: str  # field of the recipe
+    values: tuple[Any, ...]
+    unit: str = ""  # "own": factors of the recipe's own value; "run": fractions of the run, in the schedule's unit
+
+
+COMMON = (
+    Knob("optimizer.lr", (0.25, 0.5, 1.0, 2.0), "own"),
+    Knob("optimizer.weight_decay", (0.25, 1.0, 2.0), "own"),
+)
+"""Knobs of every contender."""
+
+KNOBS: Mapping[str, tuple[Knob, ...]] = {
+    "gmp": (Knob("schedule.start", (0.0, 0.1, 0.3), "run"), Knob("schedule.stop", (0.5, 0.7, 0.8), "run")),
+    "oneshot": (Knob("schedule.start", (0.25, 0.5, 0.7), "run"),),
+    "imp": (Knob("schedule.start", (0.01, 0.03, 0.05), "run"),),
+    "woodfisher": (Knob("method.options.samples", (64, 160)), Knob("schedule.stop", (0.4, 0.6), "run")),
+    "set": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
+    "rigl": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
+    "granet": (Knob("schedule.stop", (0.5, 0.7), "run"), Knob("schedule.initial_sparsity", (0.0, 0.5))),
+    "topkast": (Knob("method.options.backward_sparsity", ("0.5", "0.8")),),
+    "str": (),
+    "st3": (Knob("schedule.stop", (0.5, 0.75, 0.9), "run"),),
+    "cram": (Knob("method.options.radius", (0.05, 0.1, 0.3)),),
+    "acdc": (Knob("method.reset", ("all", "none")),),
+}
+"""Knobs of single methods, by name."""
+
+HAM_KNOBS = (Knob("method.ham", ((50.0, 1e-3), (200.0, 1e-3), (200.0, 1e-4))),)
+"""Knobs of every method with the hyperbolic mirror step."""
+
+
+def knobs_of(contender: Contender) -> tuple[Knob, ...]:
+    """Return what is tuned for a contender; what it fixes itself is not."""
+    mirror = HAM_KNOBS if "method.ham" in contender.changes else ()
+    own = [knob for knob in KNOBS.get(contender.method, ()) if knob.path not in contender.changes]
+    return (*COMMON, *mirror, *own)
+
+
+def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int) -> dict[str, Any]:
+    """Return the changes of one trial; trial 0 has none.
+
+    Args:
+        contender: Whose trial it is.
+        recipe: With the contender's own changes made.
+        trial: Number of the trial, from 0.
+        seed: Of the draws, which depend on seed, label and trial alone.
+    """
+    if not trial:
+        return {}
+    entropy = [seed, trial, *contender.label.encode()]
+    generator = np.random.default_rng(entropy)
+    changes: dict[str, Any] = {}
+    for knob in knobs_of(contender):
+        value = knob.values[int(generator.integers(len(knob.values)))]
+        changes[knob.path] = _in_unit(knob, value, recipe)
+    return changes
+
+
+def _in_unit(knob: Knob, value: Any, recipe: Recipe) -> Any:
+    if knob.unit == "own":
+        section, name = knob.path.split(".")
+        return getattr(getattr(recipe, section), name) * value
+    if knob.unit == "run" and recipe.schedule.unit == "epochs":
+        return value * recipe.train.epochs
+    return value

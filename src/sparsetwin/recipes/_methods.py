@@ -1,0 +1,107 @@
+"""Which method a recipe trains with: by name, with fields common to several and options of its own."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from sparsetwin.distributions import ERK, Distribution, Global, PerLayer, Uniform
+from sparsetwin.errors import ConfigError, nearest
+from sparsetwin.methods import HAM, METHODS, Method
+from sparsetwin.optimizer_state import ResetScope
+from sparsetwin.patterns import NM, Block, Channel, Pattern, Unstructured
+from sparsetwin.recipes._named_values import NAMED_NUMBERS, NAMED_VALUES
+from sparsetwin.recipes._schedule import ScheduleSettings
+from sparsetwin.schedules import constant
+
+_DISTRIBUTIONS: dict[str, Distribution] = {"global": Global(), "uniform": Uniform(), "erk": ERK()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """How to train sparsely. What is None is as the method has it."""
+
+    name: str = "acdc"
+    """acdc, dense for a baseline of equal length, or another of those that `sparsetwin methods` lists."""
+    distribution: Literal["global", "uniform", "erk"] | None = None
+    """One ranking over all layers, the same sparsity in each, or small layers denser."""
+    per_layer: Annotated[dict[str, float], NAMED_NUMBERS] = field(default_factory=dict)
+    """A sparsity for each layer instead of a distribution: names, globs or re: expressions, such as: stem=0.5."""
+    score: str | None = None
+    """What a weight is worth: magnitude, movement, sensitivity, fisher or random."""
+    pattern: str | None = None
+    """Which weights live together: unstructured, 2:4 (or any N:M), transposable-2:4, 4x4 (blocks) or channel."""
+    minimum_kept: int | None = None
+    """Weights that every layer keeps."""
+    reset: ResetScope | None = None
+    """Whose optimizer state is restored when weights come back."""
+    ham: tuple[float, float] | None = None
+    """Strength alpha and shrinkage beta of the hyperbolic mirror step after each update, such as: 200 0.001."""
+    options: Annotated[dict[str, Any], NAMED_VALUES] = field(default_factory=dict)
+    """Other fields of the method, as `sparsetwin methods` lists them, such as: drop_fraction=0.5."""
+
+    def build(self, schedule: ScheduleSettings, *, steps_per_epoch: int, epochs: int) -> Method:
+        """Return the method with its schedule in steps.
+
+        Raises:
+            ConfigError: If the method is unknown, or lacks a field that is given.
+            ScheduleError: If the schedule does not fit the run or the method.
+        """
+        cls = self._class()
+        given = self._given()
+        fields = {each.name for each in dataclasses.fields(cls)} - {"schedule"}
+        for name in given:
+            if name not in fields:
+                known = ", ".join(sorted(fields))
+                raise ConfigError(f"{self.name} has no field {name!r}; it has: {known}{nearest(name, fields)}")
+        if self.name == "dense":
+            return cls(schedule=constant(sparsity=0.0, total_steps=steps_per_epoch * epochs), **given)
+        made = schedule.build(steps_per_epoch=steps_per_epoch, epochs=epochs, method=self.name)
+        return cls(schedule=made, **given)
+
+    def _class(self) -> type[Method]:
+        if self.name not in METHODS:
+            raise ConfigError(f"unknown method {self.name!r}; known: {', '.join(METHODS)}{nearest(self.name, METHODS)}")
+        return METHODS[self.name]
+
+    def _given(self) -> dict[str, Any]:
+        """Return the fields of the method that are given."""
+        if self.distribution is not None and self.per_layer:
+            raise ConfigError("give --method.distribution or --method.per-layer, not both")
+        named: dict[str, Any] = {
+            "distribution": PerLayer(self.per_layer) if self.per_layer else _DISTRIBUTIONS.get(self.distribution or ""),
+            "score": self.score,
+            "pattern": None if self.pattern is None else pattern_named(self.pattern),
+            "minimum_kept": self.minimum_kept,
+            "reset": self.reset,
+            "ham": None if self.ham is None else HAM(alpha=self.ham[0], beta=self.ham[1]),
+        }
+        named = {name: value for name, value in named.items() if value is not None}
+        twice = sorted(named.keys() & self.options.keys())
+        if twice:
+            raise ConfigError(f"{twice[0]} is given twice: as --method.{twice[0].replace('_', '-')} and as an option")
+        return {**named, **self.options}
+
+
+def pattern_named(text: str) -> Pattern:
+    """Return a pattern from its short form.
+
+    >>> pattern_named("2:4"), pattern_named("4x1"), pattern_named("channel")
+    (NM(n=2, m=4, transposable=False), Block(rows=4, columns=1), Channel(axis=0))
+
+    Args:
+        text: ``unstructured``, ``N:M``, ``transposable-N:M``, ``RxC`` or ``channel``.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if text in ("unstructured", "channel"):
+        return Unstructured() if text == "unstructured" else Channel()
+    kind, _, numbers = text.rpartition("-")
+    for sign in (":", "x"):
+        first, found, second = numbers.partition(sign)
+        if found and first.isdigit() and second.isdigit():
+            if sign == ":" and kind in ("", "transposable"):
+                return NM(int(first), int(second), transposable=bool(kind))
+            if sign == "x" and not kind:
+                return Block(int(first), int(second))
+    raise ConfigError(f"a pattern is unstructured, N:M, transposable-N:M, RxC or channel, got {text!r}")

@@ -1,0 +1,51 @@
+"""The shape of a recipe's network and data, known before any data are read."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetwin.data import CharText, Cifar10, Cifar100, DataSource, Digits, ImageNet
+from sparsetwin.errors import ConfigError
+from sparsetwin.models import MODELS
+from sparsetwin.recipes._recipe import Recipe
+
+_IMAGES: dict[type[DataSource], tuple[int, int, int]] = {
+    Digits: (1, 8, 8),
+    Cifar10: (3, 32, 32),
+    Cifar100: (3, 32, 32),
+    ImageNet: (3, 224, 224),
+}  # (channels, height, width)
+_CLASSES: dict[type[DataSource], int] = {Digits: 10, Cifar10: 10, Cifar100: 100, ImageNet: 1000}
+_CHARACTERS = 65  # of Tiny Shakespeare
+
+
+def meta_model(recipe: Recipe) -> nn.Module:
+    """Return the recipe's network without any memory for its weights.
+
+    Raises:
+        ConfigError: If the network is not one of the library's own, or an option is wrong.
+    """
+    name = recipe.model.name
+    if name not in MODELS:
+        raise ConfigError(f"the FLOPs of {name} are known to train only; known here: {', '.join(MODELS)}")
+    options: dict[str, Any] = dict(recipe.model.options)
+    if name == "gpt":
+        options.setdefault("vocabulary", _CHARACTERS)
+    elif type(recipe.dataset) in _CLASSES:
+        options.setdefault("num_classes", _CLASSES[type(recipe.dataset)])
+    with torch.device("meta"):
+        return MODELS[name](**options)
+
+
+def example_input(dataset: DataSource) -> Tensor:
+    """Return one sample of a data set's shape, without reading the data set.
+
+    Raises:
+        ConfigError: If the shape is known to a run only.
+    """
+    if isinstance(dataset, CharText):
+        return torch.zeros(1, dataset.context, dtype=torch.int64, device="meta")
+    if type(dataset) not in _IMAGES:
+        raise ConfigError(f"the shape of {type(dataset).__name__} samples is known to train only")
+    return torch.zeros(1, *_IMAGES[type(dataset)], device="meta")

@@ -1,0 +1,177 @@
+"""Methods side by side: one row each, as CSV, Markdown and an HTML page with two plots."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsetwin.report._drawing import MARKERS, SERIES, draw, legend_above
+from sparsetwin.report._format import percent, seconds_text, share, sparsity_text
+from sparsetwin.report._markup import (
+    Markup,
+    code,
+    facts,
+    figure,
+    page,
+    paragraph,
+    section,
+    side_by_side,
+    table,
+    tag,
+    text,
+)
+from sparsetwin.report.html import write_page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow:
+    """One method at one sparsity, over several seeds. Accuracies are fractions of the test samples."""
+
+    label: str
+    sparsity: float | None  # asked for; None of a dense network
+    achieved_sparsity: float  # mean over seeds
+    seeds: int
+    accuracy: float  # mean
+    deviation: float  # of the sample; NaN of one seed
+    half_width: float  # of the 95% interval of the mean; NaN of one seed
+    difference: float  # to the reference, mean over seeds of both; NaN where there is none
+    difference_half_width: float  # of its 95% interval
+    p_value: float  # corrected for the number of comparisons; NaN of fewer than two seeds
+    training_share: float  # training FLOPs over those of the dense training, all passes and pre-training counted
+    inference_share: float  # inference FLOPs over the dense network's
+    seconds: float  # wall time of a run, mean
+    failed: int  # seeds whose training came to nothing
+
+
+METHOD_HEADINGS = (
+    "method", "sparsity", "achieved", "seeds", "test accuracy", "std", "95% interval", "to reference", "verdict",
+    "training FLOPs", "inference FLOPs", "time",
+)  # fmt: skip
+"""Headings of `method_cells`."""
+
+_ENOUGH_SEEDS = 5
+_SIGNIFICANT = 0.05
+
+
+def verdict_of(row: MethodRow) -> str:
+    """Return whether a difference to the reference is shown: with at least five seeds and a corrected p below 0.05."""
+    if math.isnan(row.difference):
+        return "–"
+    if row.seeds < _ENOUGH_SEEDS or not row.p_value < _SIGNIFICANT:
+        return "no difference shown"
+    return "better" if row.difference > 0 else "worse"
+
+
+def method_cells(row: MethodRow) -> tuple[str, ...]:
+    """Return a row as text, one for each of `METHOD_HEADINGS`."""
+
+    def points(value: float, sign: str = "") -> str:
+        return "–" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+
+    interval = "–" if math.isnan(row.half_width) else f"± {points(row.half_width)}"
+    difference = points(row.difference, "+")
+    if not math.isnan(row.difference_half_width):
+        difference += f" ± {points(row.difference_half_width)}"
+    seeds = f"{row.seeds} ({row.failed} failed)" if row.failed else str(row.seeds)
+    return (
+        row.label,
+        "dense" if row.sparsity is None else sparsity_text(row.sparsity),
+        sparsity_text(row.achieved_sparsity),
+        seeds,
+        percent(row.accuracy),
+        points(row.deviation),
+        interval,
+        difference,
+        verdict_of(row),
+        share(row.training_share),
+        share(row.inference_share),
+        seconds_text(row.seconds),
+    )
+
+
+def method_markdown(rows: Sequence[MethodRow]) -> str:
+    """Return the table in Markdown."""
+    lines = [METHOD_HEADINGS, ("---", *["---:"] * (len(METHOD_HEADINGS) - 1)), *map(method_cells, rows)]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def method_csv(rows: Sequence[MethodRow]) -> str:
+    """Return the table as CSV, with numbers in full; what there is none of is empty."""
+    names = [field.name for field in fields(MethodRow)]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, "verdict"])
+    for row in rows:
+        values = [getattr(row, name) for name in names]
+        cells = ["" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in values]
+        writer.writerow([*cells, verdict_of(row)])
+    return buffer.getvalue()
+
+
+def write_method_page(
+    tables: Mapping[str, Sequence[MethodRow]], out: Path, *, title: str, notes: Sequence[str], about: Mapping[str, str]
+) -> Path:
+    """Write the HTML page of a comparison.
+
+    Args:
+        tables: Heading -> rows.
+        out: The page.
+        title: Of the page.
+        notes: What a reader has to know to judge the numbers.
+        about: Facts such as machine, versions and command.
+    """
+    body = [tag("h1", text(title)), *(paragraph(note) for note in notes)]
+    for index, (heading, rows) in enumerate(tables.items()):
+        if rows:
+            cells = [method_cells(row) for row in rows]
+            shown = table(f"{heading}. FLOPs are shares of the dense network's.", METHOD_HEADINGS, cells, texts=1)
+            body.append(section(heading, shown, side_by_side(*_plots(rows, key=f"table-{index}"))))
+    command = about.get("command")
+    kept = {name: value for name, value in about.items() if name != "command"}
+    body.append(section("How it was made", facts(kept.items()), *([code(command)] if command else [])))
+    write_page(out, page(title, body))
+    return out
+
+
+def _plots(rows: Sequence[MethodRow], *, key: str) -> list[Markup]:
+    against_flops = draw(
+        f"{key}-flops",
+        lambda drawn: _paint(drawn, rows, x=lambda row: 100 * row.training_share, label="training FLOPs, % of dense"),
+        title="Accuracy against training FLOPs",
+        description="One point for each method and sparsity; numbers are in the table.",
+    )
+    against_sparsity = draw(
+        f"{key}-sparsity",
+        lambda drawn: _paint(drawn, rows, x=lambda row: 100 * row.achieved_sparsity, label="sparsity, %"),
+        title="Accuracy against sparsity",
+        description="One point for each method and sparsity; numbers are in the table.",
+    )
+    captions = ("Accuracy against training FLOPs.", "Accuracy against sparsity. Bars are 95% intervals of the mean.")
+    return [figure(drawn, caption) for drawn, caption in zip((against_flops, against_sparsity), captions, strict=True)]
+
+
+def _paint(drawn: "Figure", rows: Sequence[MethodRow], *, x: Callable[[MethodRow], float], label: str) -> None:
+    axes: Axes = drawn.add_subplot()
+    for index, name in enumerate(dict.fromkeys(row.label for row in rows)):
+        own = [row for row in rows if row.label == name and not math.isnan(row.accuracy)]
+        bars = [0.0 if math.isnan(row.half_width) else 100 * row.half_width for row in own]
+        axes.errorbar(
+            [x(row) for row in own],
+            [100 * row.accuracy for row in own],
+            yerr=bars,
+            label=name,
+            color=SERIES[index % len(SERIES)],
+            marker=MARKERS[index // len(SERIES) % len(MARKERS)],
+            linestyle="none",
+            elinewidth=1,
+        )
+    axes.set_xlabel(label)
+    axes.set_ylabel("test accuracy, %")
+    legend_above(axes, columns=3)

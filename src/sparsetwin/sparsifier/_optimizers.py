@@ -1,0 +1,70 @@
+"""What a method asks of the optimizers beside their updates: state that is reset, parameters of its own."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sparsetwin.errors import UsageError
+from sparsetwin.masking import Masks
+from sparsetwin.methods import Method, SparseState
+from sparsetwin.optimizer_state import ResetScope, restore_initial_state_, restore_where_
+from sparsetwin.sparsifier._hooks import StepHooks
+from sparsetwin.sparsifier._masks import returned_weights
+
+_PARTIAL: set[ResetScope] = {"returned", "returned-mean"}
+
+
+def check_method(method: Method, state: SparseState, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse now what could only fail in the middle of training.
+
+    Raises:
+        SparsetwinError: As the method and the optimizers do.
+    """
+    phases = method.schedule.phases
+    method.config()
+    method.check(state)
+    scopes = {method.reset_scope(left, entered) for left, entered in pairwise(phases)} - {"none"}
+    for optimizer in optimizers:
+        if scopes & _PARTIAL:
+            restore_where_(optimizer, {})  # of no parameter: refuses what cannot be restored
+        if scopes - _PARTIAL:
+            restore_initial_state_(optimizer, [])
+    sampled = [phase for phase in phases if method.gradient_samples(phase)]
+    if sampled and state.gradient_passes is None:
+        raise UsageError(
+            f"{type(method).__name__} samples gradients on entering {sampled[0]}; give the Sparsifier a "
+            "gradient_pass: a function of a number that runs forward and backward on the batch of that number"
+        )
+
+
+@torch.no_grad()
+def begin_learning(method: Method, state: SparseState, optimizer: Optimizer) -> None:
+    """Give what the method learns beside the weights to an optimizer, in a group of its own."""
+    state.learned = {name: nn.Parameter(value) for name, value in method.learned(state).items()}
+    if state.learned:
+        optimizer.add_param_group({"params": list(state.learned.values()), **method.learned_group()})
+
+
+def reset_optimizers(
+    scope: ResetScope, hooks: StepHooks, weights: Mapping[str, nn.Parameter], *, old: Masks, new: Masks
+) -> None:
+    """Restore optimizer state between two phases.
+
+    Args:
+        scope: Whose.
+        hooks: The optimizers.
+        weights: Targets.
+        old: Masks of the phase that ends.
+        new: Masks of the phase that begins.
+    """
+    for optimizer, names in hooks.owners(weights).items() if scope != "none" else ():
+        if scope in _PARTIAL:
+            returned = {weights[name]: returned_weights(old[name], new.get(name)) for name in names if old}
+            stayed = {weights[name]: old[name] & new.get(name, old[name]) for name in names if old}
+            restore_where_(optimizer, returned, like=stayed if scope == "returned-mean" else None)
+        else:
+            chosen = [weights[name] for name in names] if scope == "targets" else hooks.parameters(optimizer)
+            restore_initial_state_(optimizer, chosen, keep_steps=scope == "moments")

@@ -1,0 +1,182 @@
+"""What a comparison consists of, and how its numbers come about."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from sparsetwin.comparison import (
+    Plan,
+    changed,
+    find_contender,
+    holm,
+    known_labels,
+    paired_difference,
+    summary,
+    tasks,
+)
+from sparsetwin.comparison._plan import Outcome, contender_recipe, lengthened
+from sparsetwin.comparison._small import small_width
+from sparsetwin.comparison._spaces import knobs_of, trial_changes
+from sparsetwin.errors import ConfigError
+from sparsetwin.methods import METHODS
+from sparsetwin.metrics import count_forward_flops
+from sparsetwin.recipes import example_input, find_recipe, meta_model, recipe_from_plain
+
+DIGITS = find_recipe("digits")
+
+
+def plan(*labels: str, **fields) -> Plan:
+    usual = {"sparsities": (0.9, 0.95), "seeds": (0, 1)}
+    return Plan(recipe=DIGITS, contenders=tuple(map(find_contender, labels)), **{**usual, **fields})
+
+
+class TestStatistics:
+    """Against numbers of published tables and of other programs."""
+
+    @pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (31, 2.042)])
+    def test_the_half_width_is_students_t_times_the_error_of_the_mean(self, count, quantile):
+        values = [float(value) for value in range(count)]
+        deviation = math.sqrt(sum((v - (count - 1) / 2) ** 2 for v in values) / (count - 1))
+        found = summary(values)
+        assert (found.mean, found.deviation) == pytest.approx(((count - 1) / 2, deviation))
+        assert found.half_width == pytest.approx(quantile * deviation / math.sqrt(count), rel=3e-4)
+
+    def test_the_paired_test_has_the_p_value_of_the_closed_form(self):
+        first, second = [30.02, 29.99, 30.11, 29.97, 30.01, 29.99], [29.89, 29.93, 29.72, 29.98, 30.02, 29.98]
+        found = paired_difference(first, second)
+        t = 0.095 / math.sqrt(0.11875 / 5 / 6)
+        angle = math.atan(t / math.sqrt(5))  # of 5 degrees of freedom there is a closed form
+        within = 2 / math.pi * (angle + math.sin(angle) * (math.cos(angle) + 2 / 3 * math.cos(angle) ** 3))
+        assert found.mean == pytest.approx(0.095)
+        assert found.p_value == pytest.approx(1 - within, abs=1e-9)
+
+    def test_one_value_has_no_deviation_and_one_pair_no_p_value(self):
+        assert math.isnan(summary([1.0]).half_width)
+        assert math.isnan(paired_difference([1.0], [2.0]).p_value)
+        assert paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1
+        with pytest.raises(ConfigError, match="equally many values, got 1 and 2"):
+            paired_difference([1.0], [1.0, 2.0])
+        with pytest.raises(ConfigError, match="at least one value"):
+            summary([])
+
+    def test_holm_keeps_the_order_and_never_falls_below_a_smaller_p_value(self):
+        assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+        assert holm([0.6, 0.7]) == [1.0, 1.0]
+        assert holm([]) == []
+
+
+class TestContenders:
+    def test_every_method_is_a_contender_that_can_be_built(self):
+        assert set(METHODS) <= set(known_labels())
+        for label in known_labels():
+            recipe = contender_recipe(plan(label, reference=label), find_contender(label), 0.9)
+            method = recipe.method.build(recipe.schedule, steps_per_epoch=20, epochs=recipe.train.epochs)
+            assert method.schedule.total_steps == 20 * recipe.train.epochs
+            if recipe.method.name != "dense":
+                assert method.schedule.final_sparsity == 0.9
+            assert recipe_from_plain(recipe.plain()) == recipe
+
+    def test_a_label_of_its_own_has_changes_of_its_own(self):
+        found = find_contender("strong=acdc+ham,method.ham=(400.0,0.001),optimizer.lr=0.05")
+        recipe = changed(DIGITS, found.changes)
+        assert (found.label, recipe.method.ham, recipe.optimizer.lr) == ("strong", (400.0, 0.001), 0.05)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("rigel", "unknown contender 'rigel'; known: .*did you mean 'rigl'"),
+            ("a=rigl,schedule", "a change is FIELD=VALUE"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, text, message):
+        with pytest.raises(ConfigError, match=message):
+            find_contender(text)
+
+    def test_a_field_that_a_recipe_lacks_is_refused_with_the_nearest(self):
+        with pytest.raises(ConfigError, match=r"a recipe has no field 'optimizer.lrr'; did you mean 'lr'"):
+            changed(DIGITS, {"optimizer.lrr": 1})
+
+    @pytest.mark.parametrize("measure", ["parameters", "flops"])
+    def test_the_small_dense_network_costs_what_the_sparse_one_does(self, measure):
+        recipe = find_recipe("cifar10-resnet20")
+        width = small_width(recipe, sparsity=0.9, measure=measure)
+        small = meta_model(changed(recipe, {"model.options.width": width}))
+        if measure == "parameters":
+            found = sum(p.numel() for p in small.parameters())
+            goal = 272_474 - round(0.9 * 270_896)
+        else:
+            found = count_forward_flops(small, example_input(recipe.dataset)).total()
+            goal = 0.1 * count_forward_flops(meta_model(recipe), example_input(recipe.dataset)).total()
+        assert found == pytest.approx(goal, rel=0.15)  # channels are whole numbers
+
+
+class TestTasks:
+    def test_dense_runs_serve_all_sparsities(self):
+        folders = [str(task.folder) for task in tasks(plan("acdc", "dense"), {})]
+        assert folders == [
+            "runs/acdc/0.9/seed-0", "runs/acdc/0.9/seed-1", "runs/acdc/0.95/seed-0", "runs/acdc/0.95/seed-1",
+            "runs/dense/dense/seed-0", "runs/dense/dense/seed-1",
+        ]  # fmt: skip
+
+    def test_runs_wait_for_the_trials_and_have_the_settings_of_the_best(self):
+        asked = plan("gmp", sparsities=(0.9,), seeds=(0,), trials=3, reference="gmp")
+        trials = list(tasks(asked, {}))
+        assert [task.table for task in trials] == ["trials"] * 3
+        assert trials[0].recipe.optimizer == DIGITS.optimizer
+        assert len({task.recipe.seed for task in trials}) == 1
+        outcomes = {
+            task.folder: Outcome(holdout=score, training_flops=1)
+            for task, score in zip(trials, (0.5, math.nan, 0.7), strict=True)
+        }
+        run = list(tasks(asked, outcomes))[-1]
+        assert run.table == "epochs"
+        assert dataclasses.replace(run.recipe, seed=0) == dataclasses.replace(trials[2].recipe, seed=0)
+
+    def test_every_contender_has_equally_many_trials_from_a_space_of_its_own(self):
+        asked = plan("acdc", "gmp", trials=5)
+        counts = {}
+        for task in tasks(asked, {}):
+            counts[task.label, task.sparsity] = counts.get((task.label, task.sparsity), 0) + 1
+        assert set(counts.values()) == {5}
+        contender = find_contender("gmp")
+        assert {"optimizer.lr", "schedule.start"} <= {knob.path for knob in knobs_of(contender)}
+        first = trial_changes(contender, DIGITS, trial=3, seed=1)
+        assert first == trial_changes(contender, DIGITS, trial=3, seed=1)
+        assert first != trial_changes(contender, DIGITS, trial=4, seed=1)
+
+    def test_cheaper_methods_run_again_as_long_as_the_flops_of_the_reference_last(self):
+        asked = plan("acdc", "static", sparsities=(0.9,), seeds=(0,), equal_flops=True)
+        outcomes = {
+            Path("runs/acdc/0.9/seed-0"): Outcome(holdout=0.9, training_flops=600),
+            Path("runs/static/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),
+        }
+        longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
+        assert [(task.label, task.recipe.train.epochs) for task in longer] == [("static", 6 * DIGITS.train.epochs)]
+
+    def test_lengths_in_epochs_grow_with_a_longer_run(self):
+        recipe = changed(DIGITS, {"schedule.start": 6.0, "learning_rate.milestones": (30.0, 50.0)})
+        longer = lengthened(recipe, 2 * DIGITS.train.epochs)
+        assert (longer.schedule.start, longer.learning_rate.milestones) == (12.0, (60.0, 100.0))
+
+    def test_what_needs_a_trained_network_waits_for_it(self):
+        asked = plan("gmp-pretrained", sparsities=(0.9,), seeds=(0,), reference="gmp-pretrained")
+        first = list(tasks(asked, {}))
+        assert [str(task.folder) for task in first] == ["runs/pretrained/seed-0"]
+        assert first[0].recipe.method.name == "dense"
+        second = list(tasks(asked, {first[0].folder: Outcome(holdout=0.9, training_flops=5)}))
+        assert second[-1].pretrained == first[0].folder
+
+    @pytest.mark.parametrize(
+        ("labels", "fields", "message"),
+        [
+            (("acdc", "acdc"), {}, "contenders of different labels"),
+            (("acdc",), {"seeds": ()}, "at least one sparsity and one seed"),
+            (("acdc",), {"sparsities": (1.5,)}, "sparsities are fractions between 0 and 1"),
+            (("gmp",), {"equal_flops": True}, "equal FLOPs are those of acdc, which is not among: gmp"),
+        ],
+    )
+    def test_plans_that_cannot_be(self, labels, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            plan(*labels, **fields)
