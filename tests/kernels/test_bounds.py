@@ -87,8 +87,26 @@ for end in (True, False):
             convolution(planes, residual=fenced(convolution.destination.empty(2), end), out=out)
 """
 
+WINDOWS = """
+for end in (True, False):
+    for kernel, stride, padding in ((3, 2, 1), (2, 2, 0), (3, 1, 1), (1, 2, 0)):
+        for height, width in ((5, 9), (14, 14), (3, 15), (3, 63), (4, 16)):
+            window = Window(kernel=(kernel, kernel), stride=(stride, stride), padding=(padding, padding))
+            pitch = window.least_pitch(width)
+            source = make_layout(
+                channels=3, height=height, width=width, pitch=pitch, lead=window.lead(pitch),
+                body=window.body(height, width, pitch),
+            )
+            rows, columns = window.out_size(height, width)
+            destination = make_layout(channels=3, height=rows, width=columns, pitch=columns)
+            planes = fenced(source.pack(torch.rand(2, 3, height, width)), end)
+            out = fenced(destination.empty(2), end)
+            PlaneWindow(window, source=source, destination=destination)(planes, out=out)
+"""
+CASES = {"products": PRODUCTS, "tokens": TOKENS, "convolutions": CONVOLUTIONS, "windows": WINDOWS}
 
-@pytest.mark.parametrize("cases", [PRODUCTS, TOKENS, CONVOLUTIONS], ids=["products", "tokens", "convolutions"])
+
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_nothing_is_touched_beyond_either_end_of_any_array(cases):
     done = subprocess.run([sys.executable, "-c", FENCE + cases + "\nprint('done')"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr

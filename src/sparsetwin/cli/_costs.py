@@ -1,9 +1,11 @@
 """What a recipe's schedule costs, known before anything is trained."""
 
+from sparsetwin.methods import Method
 from sparsetwin.metrics import count_forward_flops
 from sparsetwin.recipes import Recipe, example_input, meta_model
-from sparsetwin.schedules import Schedule
-from sparsetwin.training import branch_step
+from sparsetwin.schedules import Phase, Schedule
+from sparsetwin.training import finetuning_step
+from sparsetwin.training.costs import Density, step_flops
 
 
 def density_costs(schedule: Schedule) -> dict[str, float]:
@@ -13,11 +15,11 @@ def density_costs(schedule: Schedule) -> dict[str, float]:
     return {"training_flops_over_dense": density, "inference_flops_over_dense": 1 - schedule.final_sparsity}
 
 
-def recipe_costs(schedule: Schedule, recipe: Recipe) -> dict[str, float]:
+def recipe_costs(method: Method, recipe: Recipe) -> dict[str, float]:
     """Return the costs of a recipe at the same sparsity in every target layer, as the paper's uniform runs have it.
 
     Args:
-        schedule: Of the recipe, in any unit.
+        method: Of the recipe, with a schedule in any unit.
         recipe: Its network, data, targets and fine-tuning.
 
     Raises:
@@ -34,8 +36,14 @@ def recipe_costs(schedule: Schedule, recipe: Recipe) -> dict[str, float]:
         }
         return forward.total(counts)
 
-    dense = schedule.total_steps * forward.total()
-    trained = sum(phase.steps * flops(phase.sparsity) for phase in schedule.phases)
+    def step(phase: Phase) -> int:
+        updated = getattr(method, "backward_sparsity", phase.sparsity) if phase.is_sparse else 0.0
+        density = Density(all=forward.total(), kept=flops(phase.sparsity), updated=flops(updated), fixed=flops(1.0))
+        return step_flops(method, phase, density, enters=False)
+
+    schedule = method.schedule
+    dense = 3 * schedule.total_steps * forward.total()
+    trained = sum(phase.steps * step(phase) for phase in schedule.phases)
     costs = {
         "training_flops_over_dense": trained / dense,
         "inference_flops_over_dense": flops(schedule.final_sparsity) / forward.total(),
@@ -43,5 +51,5 @@ def recipe_costs(schedule: Schedule, recipe: Recipe) -> dict[str, float]:
         "target_weights": float(sum(weight.numel() for weight in targets.values())),
     }
     if recipe.train.dense_finetune:
-        costs["dense_finetune_flops_over_dense"] = 1 - branch_step(schedule) / schedule.total_steps
+        costs["dense_finetune_flops_over_dense"] = 1 - finetuning_step(method) / schedule.total_steps
     return costs

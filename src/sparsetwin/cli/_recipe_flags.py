@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, ScheduleSettings
+from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, ScheduleSettings, leaves_dense_half
 
 _SHORT = {
     "--epochs": "--train.epochs",
@@ -52,16 +52,25 @@ def long_flags(arguments: Sequence[str], *, with_schedule: bool = False) -> list
     return [short.get(flag, flag) + equals + value for flag, equals, value in (a.partition("=") for a in arguments)]
 
 
-def overridden(recipe: Recipe, *, default: Recipe) -> Recipe:
+def overridden(recipe: Recipe, *, default: Recipe, flags: Sequence[str]) -> Recipe:
     """Return the recipe as its flags mean it, where what one flag says depends on another.
 
     Args:
         recipe: With the flags put in, field by field.
         default: Without them.
+        flags: As `long_flags` returned them.
+
+    Raises:
+        SparsetwinError: If the method or the schedule cannot be had as asked.
     """
-    return dataclasses.replace(
+    made = dataclasses.replace(
         recipe, model=_model(recipe.model, default.model), schedule=_schedule(recipe.schedule, default.schedule)
     )
+    is_asked = any(flag.replace("_", "-").startswith("--train.dense-finetune") for flag in flags)
+    is_other = (made.method.name, made.schedule.kind) != (default.method.name, default.schedule.kind)
+    if not made.train.dense_finetune or is_asked or not is_other or leaves_dense_half(made):
+        return made
+    return dataclasses.replace(made, train=dataclasses.replace(made.train, dense_finetune=False))
 
 
 def _model(given: ModelSettings, default: ModelSettings) -> ModelSettings:

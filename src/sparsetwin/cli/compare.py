@@ -63,8 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     given, rest = split_name(arguments)
     name = given or "digits"
     default = find_recipe(name)
-    args = parse(Compare, long_flags(rest), command=f"compare {name}", default=Compare(recipe=default))
-    recipe = recipe_from_plain(overridden(args.recipe, default=default).plain())
+    flags = long_flags(rest)
+    args = parse(Compare, flags, command=f"compare {name}", default=Compare(recipe=default))
+    recipe = recipe_from_plain(overridden(args.recipe, default=default, flags=flags).plain())
     check_recipe(recipe)
     plan = Plan(
         recipe=recipe,

@@ -36,8 +36,8 @@ class RecipePlan:
     """Print the phases of a recipe's schedule and what they cost, before anything is trained.
 
     FLOPs are those of the same sparsity in every target layer; what a global ranking leaves in each layer is known only
-    after training, and usually costs more. --epochs, --sparsity, --warmup and so on are short for --train.epochs,
-    --schedule.sparsity, --schedule.warmup and so on.
+    after training, and usually costs more. Passes that choose masks, one now and then, are left out. --epochs,
+    --sparsity, --warmup and so on are short for --train.epochs, --schedule.sparsity, --schedule.warmup and so on.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -51,28 +51,31 @@ def main(arguments: Sequence[str]) -> int:
     if name is None:
         usual = Plan(schedule=ScheduleSettings(warmup=10, sparse=5, dense=5, final_dense=10, final_sparse=15))
         plan = parse(Plan, rest, command="schedule", default=usual)
-        schedule = _build(plan.schedule, None, epochs=plan.epochs)
+        schedule = plan.schedule.build(steps_per_epoch=_steps_per_epoch(plan.schedule, "acdc"), epochs=plan.epochs)
         return _show(schedule, density_costs(schedule), epochs=plan.epochs, as_json=plan.json)
     default = find_recipe(name)
     flags = long_flags(rest, with_schedule=True)
     args = parse(RecipePlan, flags, command=f"schedule {name}", default=RecipePlan(recipe=default))
-    recipe = overridden(args.recipe, default=default)
-    schedule = _build(recipe.schedule, recipe, epochs=recipe.train.epochs)
-    return _show(schedule, recipe_costs(schedule, recipe), epochs=recipe.train.epochs, as_json=args.json)
+    recipe = overridden(args.recipe, default=default, flags=flags)
+    steps = _steps_per_epoch(recipe.schedule, recipe.method.name)
+    method = recipe.method.build(recipe.schedule, steps_per_epoch=steps, epochs=recipe.train.epochs)
+    return _show(method.schedule, recipe_costs(method, recipe), epochs=recipe.train.epochs, as_json=args.json)
 
 
-def _build(settings: ScheduleSettings, recipe: Recipe | None, *, epochs: int) -> Schedule:
-    """Return the schedule in epochs if its lengths are whole ones, and in small parts of them if not."""
-    is_dense = recipe is not None and recipe.method.name == "dense"
-    if settings.unit == "steps" and settings.paper is None and not is_dense:
+def _steps_per_epoch(settings: ScheduleSettings, method: str) -> int:
+    """Return 1 if all phases are whole epochs long, and a number of small parts of them if not."""
+    if method == "dense":
+        return 1
+    is_paper = settings.paper is not None and settings.kind_of(method) == "alternating"
+    if settings.unit == "steps" and not is_paper:
         raise ConfigError("lengths in steps say nothing about epochs before the data are known; give them in epochs")
     lengths = [settings.warmup, settings.sparse, settings.dense, settings.final_dense, settings.final_sparse]
-    lengths += [length for length, _ in settings.phases]
+    if settings.phases:
+        lengths = [length for length, _ in settings.phases]
+    elif settings.kind_of(method) != "alternating":
+        return _FINE
     is_whole = settings.unit == "epochs" and all(length == round(length) for length in lengths)
-    steps = 1 if is_whole or settings.paper is not None or is_dense else _FINE
-    if recipe is not None:
-        return recipe.method.build(settings, steps_per_epoch=steps, epochs=epochs).schedule
-    return settings.build(steps_per_epoch=steps, epochs=epochs)
+    return 1 if is_whole or is_paper else _FINE
 
 
 def _show(schedule: Schedule, costs: dict[str, float], *, epochs: int, as_json: bool) -> int:

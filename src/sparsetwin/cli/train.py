@@ -1,5 +1,6 @@
 """``sparsetwin train [RECIPE]``."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,16 @@ def main(arguments: Sequence[str]) -> int:
     given, rest = split_name(arguments)
     name = given or "digits"
     default = find_recipe(name)
-    args = parse(Train, long_flags(rest), command=f"train {name}", default=Train(recipe=default))
-    recipe = recipe_from_plain(overridden(args.recipe, default=default).plain())  # as `resume` will read it
+    flags = long_flags(rest)
+    args = parse(Train, flags, command=f"train {name}", default=Train(recipe=default))
+    recipe = overridden(args.recipe, default=default, flags=flags)
+    recipe = recipe_from_plain(recipe.plain())  # as `resume` will read it
     check_recipe(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with joined_processes(recipe.device) as processes:
+        if args.recipe.train.dense_finetune and not recipe.train.dense_finetune and processes.is_first:
+            print(f"{recipe.method.name} leaves no dense half that could be trained on, so none is", file=sys.stderr)
         return _train(args, recipe, name=name, processes=processes)
 
 

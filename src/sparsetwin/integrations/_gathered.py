@@ -2,18 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsetwin._compat import canonical_name, is_sharded, local
-from sparsetwin._sharding import global_indices, like
+from sparsetwin._compat import canonical_name, is_sharded
 from sparsetwin.errors import UsageError
-from sparsetwin.masking import Masks, SparseView
-from sparsetwin.schedules import Phase
-from sparsetwin.sparsifier import Sparsifier
+from sparsetwin.masking import SparseView
+from sparsetwin.sparsifier import Sparsifier, WholeView, cut_like
 
 
 class WholeState:
@@ -42,17 +39,7 @@ class WholeState:
     def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Cut whole tensors as the weights are; what does not fit is left for the sparsifier to refuse."""
         weights = self._sparsifier.weights
-        return {name: _cut_like(weights.get(name), whole) for name, whole in tensors.items()}
-
-
-@dataclass(frozen=True)
-class WholeView:
-    """A `SparseView` with whole masks."""
-
-    phase: Phase | None
-    steps: int
-    masks: Masks
-    target_names: tuple[str, ...]
+        return {name: cut_like(weights[name], t) if name in weights else t for name, t in tensors.items()}
 
 
 class WholeModel(nn.Module):
@@ -143,10 +130,3 @@ def _whole(tensor: Tensor) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor.detach() if gather is None else gather().detach()
     return whole.cpu()
-
-
-def _cut_like(weight: Tensor | None, whole: Tensor) -> Tensor:
-    if weight is None or not is_sharded(weight) or is_sharded(whole) or whole.shape != weight.shape:
-        return whole
-    part = whole.reshape(-1)[global_indices(weight).to(whole.device)]
-    return like(weight, part.to(local(weight).device))

@@ -16,9 +16,11 @@ from sparsetwin.kernels._planes import PlaneLayout, make_layout
 from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._product import SparseProduct, empty_padded, padded_pitch
 from sparsetwin.kernels._reference import reference_convolution, reference_product
-from sparsetwin.kernels._specification import Activation, ProductSpecification
+from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors
 from sparsetwin.kernels._target import TARGETS, Target, checked_target, host_target
 from sparsetwin.kernels._tokens import TokenProduct
+from sparsetwin.kernels._transpose import Transpose
+from sparsetwin.kernels._window import PlaneWindow, Window
 
 __all__ = [
     "TARGETS",
@@ -26,6 +28,7 @@ __all__ = [
     "CSRBlocks",
     "ConvolutionGeometry",
     "PlaneLayout",
+    "PlaneWindow",
     "Pool",
     "ProductSpecification",
     "SparseConvolution",
@@ -34,6 +37,8 @@ __all__ = [
     "Target",
     "Tiling",
     "TokenProduct",
+    "Transpose",
+    "Window",
     "checked_target",
     "compiled_kernels",
     "convolution_limits",
@@ -44,6 +49,7 @@ __all__ = [
     "kernel",
     "kernel_ir",
     "make_layout",
+    "max_vectors",
     "padded_pitch",
     "reference_convolution",
     "reference_product",

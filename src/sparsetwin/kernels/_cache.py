@@ -10,8 +10,10 @@ from sparsetwin.kernels._llvm import MachineCode, compile_function, compile_lock
 from sparsetwin.kernels._product_ir import product_ir
 from sparsetwin.kernels._specification import ProductSpecification
 from sparsetwin.kernels._target import checked_target
+from sparsetwin.kernels._transpose_ir import TransposeSpecification, transpose_ir
+from sparsetwin.kernels._window_ir import WindowSpecification, window_ir
 
-Specification = ProductSpecification | BitmaskSpecification
+Specification = ProductSpecification | BitmaskSpecification | WindowSpecification | TransposeSpecification
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ def kernel_ir(specification: Specification) -> str:
     """Return the LLVM IR of a specification, also of one for another machine."""
     if isinstance(specification, ProductSpecification):
         return product_ir(specification)
+    if isinstance(specification, WindowSpecification):
+        return window_ir(specification)
+    if isinstance(specification, TransposeSpecification):
+        return transpose_ir(specification)
     return bitmask_ir(specification)
 
 

@@ -9,7 +9,7 @@ from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
 from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, run_pieces, tiled_product
 from sparsetwin.kernels._planes import PlaneLayout
 from sparsetwin.kernels._pool import Piece, Pool
-from sparsetwin.kernels._product import default_block
+from sparsetwin.kernels._product import default_block, overlap
 from sparsetwin.kernels._specification import Activation
 from sparsetwin.kernels._target import Target, checked_target
 
@@ -91,16 +91,34 @@ class SparseConvolution:
         Raises:
             ConfigError: If a tensor's shape, dtype or layout is another one, or ``out`` is an input.
         """
+        out = self.destination.empty(planes.shape[0]) if out is None else out
+        run_pieces(self.bound(planes, residual=residual, out=out, threads=pool.threads if pool else 1), pool)
+        return out
+
+    def bound(self, planes: Tensor, *, residual: Tensor | None = None, out: Tensor, threads: int = 1) -> list[Piece]:
+        """Return the work of a call on tensors that stay where they are; it may be run again and again.
+
+        Args:
+            planes: As for a call.
+            residual: As for a call.
+            out: As for a call.
+            threads: Into how many pieces the work is cut, about; images are pieces where there are enough of them.
+
+        Returns:
+            Functions that may run in any order, on any threads. They do not keep the tensors alive.
+
+        Raises:
+            ConfigError: As for a call.
+        """
         images = planes.shape[0]
         self.source.check(planes, "planes", images)
-        out = self.destination.empty(images) if out is None else out
         self.destination.check(out, "out", images)
         if (residual is not None) != self._residual:
             raise ConfigError(f"residual={'given' if residual is not None else None}; made with {self._residual}")
         if residual is not None:
             self.destination.check(residual, "residual", images)
         for other in (planes, residual):
-            if other is not None and out.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+            if other is not None and overlap(out, other):
                 raise ConfigError(
                     "out shares memory with an input; partial sums in it would overwrite what is still read"
                 )
@@ -117,10 +135,8 @@ class SparseConvolution:
                 residual_pitch=pitch,
                 keep=self._keep.data_ptr(),
             )
-            threads = pool.threads if pool and images < pool.threads else 1
-            pieces += self._product.pieces(at, threads=threads)
-        run_pieces(pieces, pool)
-        return out
+            pieces += self._product.pieces(at, threads=threads if images < threads else 1)
+        return pieces
 
     @torch.no_grad()
     def images(self, x: Tensor, *, residual: Tensor | None = None, pool: Pool | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from sparsetwin.kernels._product import SparseProduct, padded_pitch, product_blo
 from sparsetwin.kernels._specification import Activation, ValueFormat
 from sparsetwin.kernels._target import checked_target
 from sparsetwin.kernels._tokens import COLUMNS_LIMIT, MAX_TOKENS, TokenProduct
+from sparsetwin.kernels._transpose import Transpose
 
 _CHUNK = 128  # tokens transposed at a time
 
@@ -65,6 +66,7 @@ class SparseLinear:
         self._token_products: dict[int, TokenProduct] = {}
         self._few = self.matrix  # in one block, made when it is first needed
         self._local = threading.local()
+        self._transpose = Transpose(target)
         self._product(self.chunk, False)  # whatever does not fit is refused now
 
     @torch.no_grad()
@@ -113,13 +115,19 @@ class SparseLinear:
         stop = min(start + self.chunk, x.shape[0])
         columns = -(-(stop - start) // self._lanes) * self._lanes
         source, destination, added = self._workspace(residual is not None)
-        source[:, : stop - start] = x[start:stop].t()
+        self._across(x[start:stop], source[:, : stop - start])
         if added is not None and residual is not None:
-            added[:, : stop - start] = residual[start:stop].t()
+            self._across(residual[start:stop], added[:, : stop - start])
             added = added[:, :columns]
         product = self._product(columns, residual is not None)
         product(source[:, :columns], residual=added, out=destination[:, :columns], pool=pool)
-        out[start:stop] = destination[:, : stop - start].t()
+        self._transpose(destination[:, : stop - start], out=out[start:stop])
+
+    def _across(self, rows: Tensor, out: Tensor) -> None:
+        if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
+            self._transpose(rows, out=out)
+        else:
+            out.copy_(rows.t())
 
     def _workspace(self, with_residual: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return this thread's buffers, (features, chunk) at a padded pitch; zero where no token was ever written."""

@@ -140,7 +140,7 @@ class SparseProduct:
         if residual is not None:
             _check(residual, "residual", (rows, self.columns))
         for other in (x, residual):
-            if other is not None and _overlap(out, other):
+            if other is not None and overlap(out, other):
                 raise ConfigError(
                     "out shares memory with an input; partial sums in it would overwrite what is still read"
                 )
@@ -169,7 +169,8 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, int]) -> None:
         raise ConfigError(f"{name} has strides {tensor.stride()}; expected rows of contiguous columns: copy it first")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two float32 tensors may share memory."""
     if a.numel() == 0 or b.numel() == 0:
         return False
     ends = [

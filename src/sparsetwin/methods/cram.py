@@ -146,7 +146,7 @@ class CrAM(RankingMethod):
             state.parameters[name].grad = second[name].add_(first[name]) if name in second else first[name]
 
     def passes(self, phase: Phase, *, enters: bool) -> tuple[Pass, ...]:
-        """Return two passes in a dense phase; the second one's density differs from step to step, so the mean counts."""
+        """Return two passes in a dense phase; of the second one's densities, which are drawn, the mean counts."""
         if phase.is_sparse:
             return (Pass(),)
         density = 1 - fmean(self.sparsities)

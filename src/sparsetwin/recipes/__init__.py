@@ -1,6 +1,6 @@
 """Run configurations, and the functions that return them."""
 
-from sparsetwin.recipes._build import build_run, check_recipe, describe, model_factory, options_of
+from sparsetwin.recipes._build import build_run, check_recipe, describe, leaves_dense_half, model_factory, options_of
 from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._methods import MethodSettings
 from sparsetwin.recipes._recipe import (
@@ -26,6 +26,7 @@ __all__ = [
     "example_input",
     "find_recipe",
     "import_object",
+    "leaves_dense_half",
     "meta_model",
     "model_factory",
     "options_of",

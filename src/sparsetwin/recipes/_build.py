@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsetwin.data import Splits
 from sparsetwin.errors import ConfigError, nearest
+from sparsetwin.methods import Method
 from sparsetwin.models import MODELS
 from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
@@ -45,11 +46,32 @@ def check_recipe(recipe: Recipe) -> None:
     check_trained(recipe)
     device = choose_device(recipe.device)
     check_distributed(recipe.distributed, recipe.train, recipe.optimizer, device=device)
-    in_steps = recipe.schedule.unit == "steps" and recipe.schedule.paper is None and recipe.method.name != "dense"
-    if not in_steps:  # lengths in steps mean something only when the steps of an epoch are known
-        method = recipe.method.build(recipe.schedule, steps_per_epoch=_ANY_STEPS, epochs=recipe.train.epochs)
-        if recipe.train.dense_finetune:
-            finetuning_step(method)
+    method = _planned_method(recipe)
+    if method is not None and recipe.train.dense_finetune:
+        finetuning_step(method)
+
+
+def leaves_dense_half(recipe: Recipe) -> bool:
+    """Return whether a dense half comes out of a recipe that could be trained on; True if only the data can tell.
+
+    Raises:
+        SparsetwinError: If the method or the schedule cannot be had as asked.
+    """
+    method = _planned_method(recipe)
+    if method is None:
+        return True
+    try:
+        finetuning_step(method)
+    except ConfigError:
+        return False
+    return has_dense_half(method)
+
+
+def _planned_method(recipe: Recipe) -> Method | None:
+    """Return the method as for an epoch of any number of steps; None if lengths in steps have to wait for the data."""
+    if recipe.schedule.unit == "steps" and recipe.schedule.paper is None and recipe.method.name != "dense":
+        return None
+    return recipe.method.build(recipe.schedule, steps_per_epoch=_ANY_STEPS, epochs=recipe.train.epochs)
 
 
 def model_factory(settings: ModelSettings, splits: Splits, device: torch.device) -> Callable[[], nn.Module]:

@@ -47,11 +47,22 @@ COURSES: dict[str, Course] = {
     "rigl": Course(kind="periodic", stop=0.75, every=0.01),
     "granet": Course(kind="gradual", start=0.0, stop=0.5, every=0.01),
     "topkast": Course(kind="constant"),
-    "str": Course(kind="constant"),
+    "str": Course(kind="periodic", every=0.8),
     "st3": Course(kind="gradual", start=0.0, stop=0.75, every=0.01),
     "cram": Course(kind="cut", start=0.98),
 }
 """The usual course of each method, by its name; a method that is not here has AC/DC's."""
+
+_KINDS: dict[Kind, Course] = {
+    course.kind: course
+    for course in (COURSES[name] for name in ("acdc", "gmp", "rigl", "static", "oneshot", "imp", "cram"))
+}
+
+
+def usual_course(method: str, kind: Kind | None) -> Course:
+    """Return the usual course of a method, or of a kind that is not the method's own."""
+    own = COURSES.get(method, COURSES["acdc"])
+    return own if kind in (None, own.kind) else _KINDS[kind]
 
 
 @dataclass(frozen=True, kw_only=True)

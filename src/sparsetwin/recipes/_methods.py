@@ -96,12 +96,12 @@ def pattern_named(text: str) -> Pattern:
     """
     if text in ("unstructured", "channel"):
         return Unstructured() if text == "unstructured" else Channel()
-    kind, _, numbers = text.rpartition("-")
+    kind, dash, numbers = text.rpartition("-")
     for sign in (":", "x"):
         first, found, second = numbers.partition(sign)
         if found and first.isdigit() and second.isdigit():
-            if sign == ":" and kind in ("", "transposable"):
+            if sign == ":" and (kind == "transposable" or not dash):
                 return NM(int(first), int(second), transposable=bool(kind))
-            if sign == "x" and not kind:
+            if sign == "x" and not dash:
                 return Block(int(first), int(second))
     raise ConfigError(f"a pattern is unstructured, N:M, transposable-N:M, RxC or channel, got {text!r}")

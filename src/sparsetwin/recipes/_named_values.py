@@ -27,8 +27,8 @@ def parse_named_values(arguments: list[str]) -> dict[str, Any]:
 def parse_patterns(arguments: list[str]) -> dict[str, Any]:
     """Return what ``PATTERN=NUMBER`` arguments say, where a pattern may itself hold an equals sign.
 
-    >>> parse_patterns(["conv1=0.5", "re:layer[12]\\\\..*=0.9"])
-    {'conv1': 0.5, 're:layer[12]\\\\..*': 0.9}
+    >>> parse_patterns(["conv1=0.5", "re:layer[12][.].*=0.9"])
+    {'conv1': 0.5, 're:layer[12][.].*': 0.9}
 
     Raises:
         ValueError: If an argument has no pattern or no number.

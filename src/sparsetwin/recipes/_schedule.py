@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Literal
 
 from sparsetwin.errors import ConfigError, ScheduleError
-from sparsetwin.recipes._kinds import COURSES, PLACES, Course, Kind, Places
+from sparsetwin.recipes._kinds import PLACES, Course, Kind, Places, usual_course
 from sparsetwin.schedules import Schedule, alternating, check_sparsity, in_steps, paper, phases, ramped
 
 _LENGTHS = ("warmup", "sparse", "dense", "final_dense", "final_sparse")
@@ -42,7 +42,8 @@ class ScheduleSettings:
     """Prunings of a ramp."""
     kind: Kind | None = None
     """Which schedule: alternating (the lengths above), gradual, periodic, constant, oneshot, rounds, cut; None is what
-    the method usually has. All but the first turn at the places below, whose None is the method's usual place."""
+    the method usually has. All but the first turn at the places below, whose None is the usual place of the method or,
+    where it usually has another kind, of the kind."""
     start: float | None = None
     """Begin of gradual pruning, of one-shot's or a cut's sparse phase; the step that rounds go back to."""
     stop: float | None = None
@@ -67,15 +68,15 @@ class ScheduleSettings:
             ConfigError: If a published schedule and lengths are given at once.
         """
         check_sparsity(self.sparsity)
-        course = COURSES.get(method, COURSES["acdc"])
-        kind = self.kind_of(method)
+        course = usual_course(method, self.kind)
+        kind = course.kind
         self._check_places(kind)
         if self.paper is not None and kind == "alternating":
             return self._published(self.paper, steps_per_epoch=steps_per_epoch, epochs=epochs)
         if self.phases:
             return self._explicit(steps_per_epoch=steps_per_epoch, epochs=epochs)
         if kind != "alternating":
-            return self._turning(kind, course, steps_per_epoch=steps_per_epoch, epochs=epochs)
+            return self._turning(course, steps_per_epoch=steps_per_epoch, epochs=epochs)
         made = self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
         if not self.ramp:
             return made
@@ -83,7 +84,7 @@ class ScheduleSettings:
 
     def kind_of(self, method: str) -> Kind:
         """Return which kind of schedule a method gets, unless its phases are given one by one."""
-        return self.kind or COURSES.get(method, COURSES["acdc"]).kind
+        return usual_course(method, self.kind).kind
 
     def _check_places(self, kind: Kind) -> None:
         """Refuse places that would do nothing."""
@@ -95,14 +96,14 @@ class ScheduleSettings:
                 f"{what} no {_flags(given)}" + (f"; it has: {_flags(used)}" if used else "; leave it out")
             )
 
-    def _turning(self, kind: Kind, course: Course, *, steps_per_epoch: int, epochs: int) -> Schedule:
+    def _turning(self, course: Course, *, steps_per_epoch: int, epochs: int) -> Schedule:
         total = steps_per_epoch * epochs
 
         def place(name: str) -> int:
             given: float | None = getattr(self, name)
             if given is None:
-                usual: float = getattr(course, name)
-                return max(round(usual * total), int(name == "every"))
+                usual: int = round(getattr(course, name) * total)
+                return min(usual, total - 1) if name == "start" else max(usual, int(name == "every"))
             exact = given * {"steps": 1, "epochs": steps_per_epoch, "fractions": total}[self.unit]
             if 0 < exact <= 0.5:  # which `in_steps` refuses, but a place may be at the start, and an interval one step
                 return int(name == "every")
@@ -116,7 +117,7 @@ class ScheduleSettings:
             initial_sparsity=self.initial_sparsity,
             rounds=self.rounds,
         )
-        return places.build(kind, sparsity=self.sparsity)
+        return places.build(course.kind, sparsity=self.sparsity)
 
     def _published(self, name: str, *, steps_per_epoch: int, epochs: int) -> Schedule:
         made = paper(name, sparsity=self.sparsity, steps_per_epoch=steps_per_epoch)

@@ -87,9 +87,10 @@ def teacher_from(
 
 def _check(where: Path, flag: str) -> None:
     if not where.exists():
+        needed = "to the end" if flag == "--train.teacher" else "until the first checkpoint"
         raise ConfigError(
-            f"{flag}: no trained network at {where.resolve()}; give a run folder or a file of safetensors, which a run "
-            f"that is resumed needs {'at the same place' if flag == '--train.teacher' else 'until its first checkpoint'}"
+            f"{flag}: no trained network at {where.resolve()}; give a run folder or a file of safetensors, "
+            f"and leave it there: the run needs it {needed}"
         )
     if where.is_dir():
         RunFolder(where).read()
@@ -106,8 +107,9 @@ def _fill(model: nn.Module, where: Path) -> None:
     if where.is_dir():
         model.load_state_dict(Pair(RunFolder(where).pair).load("dense", model).state_dict())
         return
+    tensors = _tensors(where)
     try:
-        model.load_state_dict(_tensors(where))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         found = "; ".join(line.strip() for line in str(error).splitlines()[1:6])
         raise StateError(f"{where} does not fit the model: {found}") from error

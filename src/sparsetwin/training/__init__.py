@@ -1,5 +1,6 @@
 """The plain training loop that the command line and the benchmarks share."""
 
+from sparsetwin.sparsifier import whole_view
 from sparsetwin.training.branching import branch_step, finetuning_step, has_dense_half
 from sparsetwin.training.distillation import OWN, distillation_loss
 from sparsetwin.training.environment import choose_device, make_deterministic, seed_everything
@@ -10,7 +11,7 @@ from sparsetwin.training.run import Run, RunParts
 from sparsetwin.training.run_folder import RunFolder
 from sparsetwin.training.session import LoopSettings, Session
 from sparsetwin.training.settings import DistributedSettings, LearningRateSettings, OptimizerSettings, TrainSettings
-from sparsetwin.training.sharding import check_distributed, whole_twin, whole_view
+from sparsetwin.training.sharding import check_distributed, whole_twin
 
 __all__ = [
     "ALONE",

@@ -101,12 +101,20 @@ def make_teacher(
         student: Returns the student as it is evaluated and saved.
         sparsifier: Of the student, whose phases make a teacher of its own.
         settings: Of the training loop.
+
+    Raises:
+        ConfigError: If the run's own dense half is to teach, and all phases are sparse.
     """
     if settings.teacher is None:
         return None
     if settings.teacher != OWN:
         assert teacher is not None
         return Teacher(teacher, settings, is_own=False)
+    if all(phase.is_sparse for phase in sparsifier.method.schedule.phases):
+        raise ConfigError(
+            f"--train.teacher {OWN} needs a dense phase before a sparse one, and {type(sparsifier.method).__name__} has "
+            "none here; give a run folder"
+        )
     own = Teacher(copy.deepcopy(student()), settings, is_own=True)
 
     def follow(event: str, phase: Any) -> None:

@@ -50,6 +50,10 @@ class Splits(Protocol):
     def example_input(self) -> Tensor:
         """(1, ...): one sample."""
 
+    @property
+    def notice(self) -> str:
+        """Origin and licence of the data, in one line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
@@ -85,7 +89,7 @@ class Run:
         self.processes = parts.processes
         self.journal = Journal(folder, listeners, writes=self.processes.is_first)
         self.store = CheckpointStore(folder.checkpoints)
-        self.pair = Pair(folder.pair)
+        self.pair = Pair(folder.pair, notice=parts.splits.notice)
         self._config = self.processes.of_first(folder.read).get("config")
         self._stage: Stage | None = None
         self._stop_requested = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsetwin._compat import local
 from sparsetwin.masking import SparseView
 from sparsetwin.methods import Method
-from sparsetwin.sparsifier import Sparsifier
+from sparsetwin.sparsifier import Sparsifier, gathered, whole_view
 from sparsetwin.targets import Targets
 from sparsetwin.training.distillation import make_teacher
 from sparsetwin.training.ema import PhaseAverage
@@ -25,9 +25,7 @@ from sparsetwin.training.sharding import (
     cut,
     cut_optimizer_state,
     cut_sparsifier_state,
-    gathered,
     whole_twin,
-    whole_view,
     without_averaging,
     wrapped,
 )

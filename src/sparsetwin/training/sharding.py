@@ -4,7 +4,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sparsetwin._compat import is_sharded
 from sparsetwin.errors import ConfigError
-from sparsetwin.masking import Masks, SparseView
-from sparsetwin.schedules import Phase
-from sparsetwin.sparsifier import Sparsifier
+from sparsetwin.sparsifier import cut_like, gathered
 from sparsetwin.training.processes import Processes
 from sparsetwin.training.settings import DistributedSettings, OptimizerSettings, TrainSettings
 
@@ -125,23 +121,6 @@ def _average_in_order(
 # State
 
 
-def gathered(state: Any, *, keep: bool = True) -> Any:
-    """Return state with every shard put together; all processes have to call it.
-
-    Args:
-        state: Nested dicts and lists of tensors and plain data; without shards it is returned as it is.
-        keep: Whether this process needs the result; if not, it gets None in place of whole tensors.
-    """
-    if isinstance(state, Tensor) and is_sharded(state):
-        whole = state.full_tensor()  # type: ignore[attr-defined]
-        return whole if keep else None
-    if isinstance(state, dict):
-        return {key: gathered(value, keep=keep) for key, value in state.items()}
-    if isinstance(state, list):
-        return [gathered(value, keep=keep) for value in state]
-    return state
-
-
 def cut(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return this process's shards of whole tensors.
 
@@ -149,7 +128,7 @@ def cut(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Te
         whole: Name -> tensor, the same in all processes.
         like: Name -> tensor of the same shape, whose sharding is wanted.
     """
-    return {name: _cut(tensor, like[name]) if name in like else tensor for name, tensor in whole.items()}
+    return {name: cut_like(like[name], tensor) if name in like else tensor for name, tensor in whole.items()}
 
 
 def cut_optimizer_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -157,7 +136,7 @@ def cut_optimizer_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut_state = {
         index: {
-            key: _cut(value, parameters[index])
+            key: cut_like(parameters[index], value)
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for key, value in values.items()
@@ -171,38 +150,6 @@ def cut_sparsifier_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]
     """Return a sparsifier's whole state with masks and buffers cut as the weights are."""
     buffers = {what: cut(tensors, weights) for what, tensors in state["buffers"].items()}
     return {**state, "masks": cut(state["masks"], weights), "buffers": buffers}
-
-
-def _cut(whole: Tensor, like: Tensor) -> Tensor:
-    if not is_sharded(like):
-        return whole
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    on_device = whole.to(like.device)
-    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
-
-
-@dataclass(frozen=True)
-class WholeView:
-    """What a member of the pair is saved by, where masks were put together from shards."""
-
-    phase: Phase | None
-    steps: int
-    masks: Masks
-    target_names: tuple[str, ...]
-
-
-def whole_view(sparsifier: Sparsifier) -> SparseView:
-    """Return a sparsifier as `Pair.save` takes it: with whole masks. All processes have to call it.
-
-    Args:
-        sparsifier: Of a model that is sharded or not; if not, it is returned as it is.
-    """
-    if not any(map(is_sharded, sparsifier.weights.values())):
-        return sparsifier
-    masks = gathered(sparsifier.masks)
-    return WholeView(sparsifier.phase, sparsifier.steps, masks, sparsifier.target_names)
 
 
 def whole_twin(template: nn.Module, model: nn.Module) -> nn.Module:

@@ -1,0 +1,315 @@
+"""Graphs as JSON and named tensors, and back. Operations are named, never code; every name is checked when read."""
+
+import hashlib
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsetwin.errors import CheckpointError, UsageError
+from sparsetwin.kernels import CSRBlocks
+from sparsetwin.runtime._graph import (
+    Activate,
+    Add,
+    Affine,
+    Convolution,
+    GlobalMean,
+    Graph,
+    Linear,
+    MaxPool,
+    Node,
+    Operation,
+    Ref,
+    Torch,
+    Value,
+)
+
+Json = Any
+_PADDING = 16  # elements behind an array that kernels may read
+_OPERATIONS: dict[str, type] = {
+    kind.__name__: kind for kind in (Convolution, Linear, Affine, Add, Activate, MaxPool, GlobalMean)
+}
+_ATEN = re.compile(r"aten\.(\w+)\.(\w+)")
+_NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
+
+class Store:
+    """Tensors by their content, so that what several shapes share is kept once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, tensor: Tensor) -> str:
+        """Take a tensor; return its name."""
+        tensor = tensor.detach().contiguous()
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+        name = hashlib.sha256(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        name.update(content)
+        found = name.hexdigest()[:32]
+        self.tensors.setdefault(found, tensor)
+        return found
+
+
+def encoded_graph(graph: Graph, store: Store) -> Json:
+    """Return a graph as JSON; its tensors go to the store, those without numbers (on the meta device) stay out.
+
+    Raises:
+        UsageError: If an operation is not one of PyTorch's own.
+    """
+    return {
+        "nodes": [
+            {
+                "name": node.name,
+                "operation": _encoded_operation(node.operation, store),
+                "inputs": list(node.inputs),
+                "output": node.output,
+            }
+            for node in graph.nodes
+        ],
+        "values": {
+            str(number): None if value is None else {"shape": list(value.shape), "dtype": str(value.dtype)[6:]}
+            for number, value in graph.values.items()
+        },
+        "inputs": list(graph.inputs),
+        "outputs": [_encoded(leaf, store) for leaf in graph.outputs],
+        "result": None if graph.out_spec is None else encoded_spec(graph.out_spec),
+    }
+
+
+def encoded_spec(spec: pytree.TreeSpec) -> str:
+    """Return the structure of arguments or results as text.
+
+    Raises:
+        UsageError: If it has a container that PyTorch cannot name.
+    """
+    try:
+        return pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError) as error:
+        raise UsageError(f"the structure of the arguments or the result cannot be saved: {error}") from error
+
+
+def decoded_spec(text: Any) -> pytree.TreeSpec:
+    """Return what `encoded_spec` wrote.
+
+    Raises:
+        CheckpointError: If it is damaged, or a container's class is not known to PyTorch.
+    """
+    try:
+        return pytree.treespec_loads(text)
+    except Exception as error:
+        raise CheckpointError(
+            f"the structure of arguments or results cannot be read: {error}. "
+            "If it names a class, import the module that defines it first"
+        ) from error
+
+
+def decoded_graph(found: Json, tensors: Mapping[str, Tensor]) -> Graph:
+    """Return what `encoded_graph` wrote.
+
+    Raises:
+        CheckpointError: If anything is missing, unknown, or out of order.
+    """
+    try:
+        values = {
+            int(number): None
+            if value is None
+            else Value(shape=tuple(map(int, value["shape"])), dtype=_dtype(value["dtype"]))
+            for number, value in found["values"].items()
+        }
+        nodes = tuple(
+            Node(
+                name=str(node["name"]),
+                operation=_decoded_operation(node["operation"], tensors),
+                inputs=tuple(map(int, node["inputs"])),
+                output=int(node["output"]),
+            )
+            for node in found["nodes"]
+        )
+        graph = Graph(
+            nodes=nodes,
+            values=values,
+            inputs=tuple(None if value is None else int(value) for value in found["inputs"]),
+            outputs=tuple(_decoded(leaf, tensors) for leaf in found["outputs"]),
+            out_spec=None if found["result"] is None else decoded_spec(found["result"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the file's graph is damaged or of another version: {error!r}") from error
+    _check_order(graph)
+    return graph
+
+
+def _check_order(graph: Graph) -> None:
+    there = {value for value in graph.inputs if value is not None}
+    for node in graph.nodes:
+        if not there.issuperset(node.inputs) or node.output in there or node.output not in graph.values:
+            raise CheckpointError(f"the file's graph is damaged: {node.name} reads what is not there")
+        there.add(node.output)
+    if not there.issuperset(graph.results()):
+        raise CheckpointError("the file's graph is damaged: it returns what is not there")
+
+
+def encoded_matrix(matrix: CSRBlocks, store: Store) -> Json:
+    """Return packed weights as JSON and tensors."""
+
+    def padded(array: Tensor) -> Tensor:
+        return torch.cat([array, array.new_zeros(_PADDING)])
+
+    return {
+        "rows": matrix.rows,
+        "columns": matrix.columns,
+        "block_columns": matrix.block_columns,
+        "row_pointers": store.put(matrix.row_pointers),
+        "positions": store.put(matrix.positions),
+        "values": store.put(padded(matrix.values)),
+    }
+
+
+def decoded_matrix(found: Json, tensors: Mapping[str, Tensor]) -> CSRBlocks:
+    """Return what `encoded_matrix` wrote, on the memory of the file, after a check of every index.
+
+    Raises:
+        CheckpointError: If an array does not fit the others: kernels read where it points.
+    """
+    try:
+        rows, columns, width = (int(found[name]) for name in ("rows", "columns", "block_columns"))
+        pointers, positions, values = (tensors[found[name]] for name in ("row_pointers", "positions", "values"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the file's packed weights are damaged: {error!r}") from error
+    sizes = 1 <= width <= columns and rows >= 1 and rows * columns < 2**31
+    kinds = (pointers.dtype, positions.dtype, values.dtype) == (torch.int32, torch.int32, torch.float32)
+    if not sizes or not kinds or pointers.shape != (-(-columns // width), rows + 1):
+        raise CheckpointError("the file's packed weights are damaged: sizes or dtypes do not fit")
+    kept = positions.numel()
+    flat = pointers.reshape(-1).long()
+    whole = positions.dim() == 1 and values.shape == (kept + _PADDING,)
+    if not whole or int(flat[0]) != 0 or int(flat[-1]) != kept or bool((flat.diff() < 0).any()):
+        raise CheckpointError("the file's packed weights are damaged: row pointers do not fit the weights")
+    if bool((pointers[1:, 0] != pointers[:-1, -1]).any()):
+        raise CheckpointError("the file's packed weights are damaged: row pointers do not fit the weights")
+    counts = pointers.long().diff(dim=1).reshape(-1)
+    order = torch.arange(counts.numel())
+    row = torch.repeat_interleave(order % rows, counts)
+    block = torch.repeat_interleave(order // rows, counts)
+    if bool((positions // columns != row).any()) or bool((positions % columns // width != block).any()):
+        raise CheckpointError("the file's packed weights are damaged: a weight lies outside its row or block")
+    return CSRBlocks(
+        rows=rows,
+        columns=columns,
+        block_columns=width,
+        row_pointers=pointers,
+        positions=positions,
+        values=values[:kept],
+    )
+
+
+def _encoded_operation(operation: Operation, store: Store) -> Json:
+    if isinstance(operation, Torch):
+        named = _encoded(dict(operation.named), store)
+        return {
+            "kind": "Torch",
+            "function": _function_name(operation.function),
+            "arguments": _encoded(tuple(operation.arguments), store),
+            "named": named,
+        }
+    plain = {part.name: _encoded(getattr(operation, part.name), store) for part in fields(operation)}
+    return {"kind": type(operation).__name__, **plain}
+
+
+def _decoded_operation(found: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    if found["kind"] == "Torch":
+        return Torch(
+            function=_function(found["function"]),
+            arguments=_decoded(found["arguments"], tensors),
+            named=_decoded(found["named"], tensors),
+        )
+    if found["kind"] not in _OPERATIONS:
+        raise CheckpointError(f"the file has an operation {found['kind']!r} that this version does not know")
+    plain = {name: _decoded(part, tensors) for name, part in found.items() if name != "kind"}
+    made: Operation = _OPERATIONS[found["kind"]](**plain)
+    return made
+
+
+def _function_name(function: Any) -> str:
+    if function is operator.getitem:
+        return "getitem"
+    if isinstance(function, torch._ops.OpOverload) and _ATEN.fullmatch(str(function)):
+        return str(function)
+    raise UsageError(f"a network with the operation {function} cannot be saved; save the model itself")
+
+
+def _function(name: Any) -> Callable[..., Any]:
+    """Return the operation of a name: of PyTorch's own, on tensors, and without effects."""
+    if name == "getitem":
+        return operator.getitem
+    match = _ATEN.fullmatch(str(name))
+    packet = getattr(torch.ops.aten, match[1], None) if match else None
+    found = getattr(packet, match[2], None) if match and packet is not None else None
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+        raise CheckpointError(f"the file names an operation {name!r} that is not one of PyTorch's")
+    if not any("Tensor" in str(argument.type) for argument in found._schema.arguments):
+        raise CheckpointError(f"the file names an operation {name!r} that takes no tensor")
+    return found
+
+
+def _encoded(found: Any, store: Store) -> Json:
+    if isinstance(found, Ref):
+        return {"value": found.value}
+    if isinstance(found, Tensor):
+        if found.is_meta:
+            return {"packed": list(found.shape)}
+        return {"tensor": store.put(found)}
+    if isinstance(found, (tuple, list)):
+        return {type(found).__name__: [_encoded(part, store) for part in found]}
+    if isinstance(found, Mapping):
+        return {"dict": {str(name): _encoded(part, store) for name, part in found.items()}}
+    for name, kind in _NAMED.items():
+        if isinstance(found, kind):
+            return {name: str(found).removeprefix("torch.")}
+    if isinstance(found, torch.device):
+        return {"device": str(found)}
+    if isinstance(found, float):
+        return {"float": found.hex() if abs(found) < float("inf") else repr(found)}
+    if found is None or isinstance(found, (bool, int, str)):
+        return found
+    raise UsageError(f"a network with an argument {found!r} cannot be saved; save the model itself")
+
+
+def _decoded(found: Json, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(found, Mapping):
+        return found
+    ((kind, content),) = found.items()
+    match kind:
+        case "value":
+            return Ref(value=int(content))
+        case "tensor":
+            return tensors[content]
+        case "packed":
+            return torch.empty(tuple(map(int, content)), device="meta")
+        case "tuple":
+            return tuple(_decoded(part, tensors) for part in content)
+        case "list":
+            return [_decoded(part, tensors) for part in content]
+        case "dict":
+            return {str(name): _decoded(part, tensors) for name, part in content.items()}
+        case "device":
+            return torch.device("cpu")
+        case "float":
+            return float(content) if content in ("inf", "-inf", "nan") else float.fromhex(content)
+    if kind not in _NAMED:
+        raise CheckpointError(f"the file has an argument of an unknown kind {kind!r}")
+    constant = getattr(torch, str(content), None)
+    if not isinstance(constant, _NAMED[kind]):
+        raise CheckpointError(f"the file names a {kind} {content!r} that PyTorch does not have")
+    return constant
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"the file names a dtype {name!r} that PyTorch does not have")
+    return found

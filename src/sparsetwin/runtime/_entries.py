@@ -1,0 +1,177 @@
+"""Programs for one shape, and what is kept of them: the graph without packed weights, the choices, the plan."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from sparsetwin.runtime._calls import Call
+from sparsetwin.runtime._choices import (
+    Choice,
+    Choices,
+    all_dense,
+    all_planes,
+    make_program,
+    measured_choices,
+)
+from sparsetwin.runtime._graph import Convolution, Graph, Layer, Linear, Node, Torch
+from sparsetwin.runtime._lowering import can_use_planes
+from sparsetwin.runtime._plan import LayerPlan, Plan
+from sparsetwin.runtime._products import Packed, density_of
+from sparsetwin.runtime._program import Program
+from sparsetwin.runtime._rivals import Runner
+
+PROGRAMS = ("sparse", "sparse, all on planes", "dense graph")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """A program and what it was made from. Weights that kernels hold packed are not in the graph a second time."""
+
+    program: Program
+    graph: Graph
+    choices: Choices
+    packed: Packed
+
+    def run(self, call: Call) -> Any:
+        """Return the program's result for a call."""
+        spec = self.graph.out_spec
+        leaves = self.program.run(call.leaves)
+        return leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """What runs calls of one shape; ``program`` is the fastest one, even if something else runs."""
+
+    call: Call  # whose tensors are gone
+    run: Runner
+    plan: Plan
+    program: Made | None = None
+
+
+def make_programs(graph: Graph, choices: Choices, *, threads: int) -> dict[str, Made]:
+    """Return the programs worth timing: as chosen, all on planes, all dense; equal ones once.
+
+    Args:
+        graph: Fused.
+        choices: Of another shape, to take over; measured if they are for other nodes.
+        threads: Of the kernels.
+    """
+    packed = Packed()
+    if all(node.output in choices for node in graph.nodes):
+        chosen: Choices = {node.output: _fitting(graph, node, choices[node.output]) for node in graph.nodes}
+    else:
+        chosen = measured_choices(graph, packed=packed, threads=threads)
+    wanted = dict(zip(PROGRAMS, (chosen, all_planes(graph, chosen), all_dense(chosen)), strict=True))
+    made: dict[str, Made] = {}
+    seen: set[tuple[str, ...]] = set()
+    for name, found in wanted.items():
+        engines = tuple(found[node.output].engine for node in graph.nodes)
+        if engines not in seen:
+            seen.add(engines)
+            name = "dense graph" if set(engines) <= {"dense"} else name
+            made[name] = make(graph, found, packed=packed, threads=threads)
+    return made
+
+
+def _fitting(graph: Graph, node: Node, choice: Choice) -> Choice:
+    """Return a choice of another shape, dense where its engine cannot run this node."""
+    fits = {
+        "planes": not isinstance(node.operation, Torch) and can_use_planes(graph, node),
+        "rows": isinstance(node.operation, Linear),
+        "dense": True,
+    }
+    return choice if fits[choice.engine] else replace(choice, engine="dense")
+
+
+def make(graph: Graph, choices: Choices, *, packed: Packed, threads: int) -> Made:
+    """Return a program for a graph whose weights are all there, or in ``packed``."""
+    mine = Packed()
+    for node in graph.layers():
+        key = (node.output, choices[node.output].tiling.block)
+        if choices[node.output].engine == "planes" and key in packed.matrices:
+            mine.matrices[key] = packed.matrices[key]
+    on_planes = [node for node in graph.layers() if choices[node.output].engine == "planes"]
+    if any((node.output, choices[node.output].tiling.block) not in mine.matrices for node in on_planes):
+        make_program(graph, choices, packed=mine, threads=threads)  # packs what is not packed yet
+    slim = _without_packed(graph, choices)
+    return Made(
+        program=make_program(slim, choices, packed=mine, threads=threads), graph=slim, choices=choices, packed=mine
+    )
+
+
+def _without_packed(graph: Graph, choices: Choices) -> Graph:
+    """Return the graph with weights without numbers, on the meta device, where kernels hold them packed."""
+
+    def slim(node: Node) -> Node:
+        operation = node.operation
+        if not isinstance(operation, Layer) or choices[node.output].engine != "planes":
+            return node
+        weight = torch.empty(operation.weight.shape, device="meta")
+        return replace(node, operation=replace(operation, weight=weight))
+
+    return replace(graph, nodes=tuple(slim(node) for node in graph.nodes))
+
+
+def unpacked(graph: Graph, packed: Packed) -> Graph:
+    """Return a graph with all its weights, dense."""
+    matrices = {output: matrix for (output, _), matrix in packed.matrices.items()}
+
+    def whole(node: Node) -> Node:
+        operation = node.operation
+        if not isinstance(operation, Layer) or not operation.weight.is_meta:
+            return node
+        weight = matrices[node.output].to_dense().reshape(operation.weight.shape)
+        return replace(node, operation=replace(operation, weight=weight))
+
+    return replace(graph, nodes=tuple(whole(node) for node in graph.nodes))
+
+
+def with_program(entry: Entry, graph: Graph, programs: Mapping[str, Made], seconds: Mapping[str, float]) -> Entry:
+    """Return an entry that knows the fastest of its programs, its plan with a line for each layer."""
+    fastest = min(programs, key=seconds.__getitem__)
+    plan = replace(
+        entry.plan,
+        layers=layer_plans(graph, programs[fastest].choices),
+        torch_operations=torch_operations(graph),
+        workspace_bytes=programs[fastest].program.workspace_bytes(),
+    )
+    return replace(entry, plan=plan, program=programs[fastest])
+
+
+def layer_plans(graph: Graph, choices: Choices) -> tuple[LayerPlan, ...]:
+    """Return what was chosen and measured for each layer."""
+    return tuple(
+        LayerPlan(
+            name=node.name,
+            kind=_kind(node),
+            density=density_of(node),
+            engine=choices[node.output].engine,
+            seconds=dict(choices[node.output].seconds),
+        )
+        for node in graph.layers()
+    )
+
+
+def _kind(node: Node) -> str:
+    operation = node.operation
+    assert isinstance(operation, Layer)
+    weight = operation.weight
+    text = f"linear {weight.shape[1]}->{weight.shape[0]}"
+    if isinstance(operation, Convolution):
+        size = "x".join(map(str, weight.shape[2:]))
+        text = f"conv {size} {weight.shape[1] * operation.groups}->{weight.shape[0]}"
+        text += f" /{operation.stride[0]}" if operation.stride != (1, 1) else ""
+        text += f" groups {operation.groups}" if operation.groups > 1 else ""
+    text += " +residual" if operation.residual else ""
+    return text if operation.activation is None else f"{text} {operation.activation}"
+
+
+def torch_operations(graph: Graph) -> dict[str, int]:
+    """Return how often PyTorch runs which operation."""
+    names = [str(node.operation.function) for node in graph.nodes if isinstance(node.operation, Torch)]
+    return dict(Counter(names).most_common())

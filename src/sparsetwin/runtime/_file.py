@@ -1,0 +1,242 @@
+"""Deployed networks in a file: safetensors with one JSON text in its metadata; mapped into memory when read.
+
+Tensors are named by the hash of their content, the text carries a hash of itself, and both are compared when read. A
+file holds the plans so far, and kept weights only where sparse kernels run.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsetwin.errors import CheckpointError, UsageError
+from sparsetwin.kernels import Tiling
+from sparsetwin.runtime._calls import Call, call_key
+from sparsetwin.runtime._choices import Choice, Choices
+from sparsetwin.runtime._coding import (
+    Store,
+    decoded_graph,
+    decoded_matrix,
+    decoded_spec,
+    encoded_graph,
+    encoded_matrix,
+    encoded_spec,
+)
+from sparsetwin.runtime._entries import PROGRAMS, Entry
+from sparsetwin.runtime._graph import Graph
+from sparsetwin.runtime._plan import Plan
+from sparsetwin.runtime._products import Packed
+
+_KEY, _VERSION = "sparsetwin", 1
+_LINE = 64  # bytes
+_KINDS = {kind.name: kind for kind in inspect._ParameterKind}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Saved:
+    """One shape's plan as a file holds it."""
+
+    call: Call
+    graph: Graph
+    choices: Choices
+    packed: Packed
+    plan: Plan
+
+
+def save_entries(path: Path, entries: Sequence[Entry], *, name: str, signature: inspect.Signature) -> None:
+    """Write entries to a file, replacing it when the new one is complete.
+
+    Raises:
+        UsageError: If there is no program, or something that a file cannot name.
+    """
+    store = Store()
+    shapes = [_encoded_entry(entry, store) for entry in entries if entry.program is not None]
+    if entries[0].program is None:
+        raise UsageError(f"this {name} was not traced, so there is no plan to save: save the model itself")
+    content = {
+        "version": _VERSION,
+        "name": name,
+        "signature": _encoded_signature(signature),
+        "shapes": shapes,
+        "tensors": {key: list(tensor.shape) for key, tensor in sorted(store.tensors.items())},
+    }
+    _write_aligned(path, {key: _in_lines(tensor) for key, tensor in store.tensors.items()}, json.dumps(content))
+
+
+def _write_aligned(path: Path, tensors: dict[str, Tensor], text: str) -> None:
+    """Write a file in which every tensor begins at a cache line, as in memory: some sums depend on that."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    outer = {"sha256": _digest(text), "content": text, "padding": ""}
+    try:
+        for _ in range(2):
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(outer)})
+            with temporary.open("rb") as file:
+                header = 8 + int.from_bytes(file.read(8), "little")
+            if header % _LINE == 0:
+                break
+            outer["padding"] = " " * (-header % _LINE)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _in_lines(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements, filled up to whole cache lines."""
+    flat = tensor.reshape(-1)
+    return F.pad(flat, (0, -flat.numel() % (_LINE // flat.element_size())))
+
+
+def read_file(path: Path) -> tuple[str, inspect.Signature, list[Saved]]:
+    """Return the model's class, its signature, and what was saved of each shape, on the memory of the file.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, foreign or of another version.
+    """
+    try:
+        content, tensors = _checked_content(path)
+        if content["version"] != _VERSION:
+            raise CheckpointError(f"{path} is of version {content['version']}; this one reads {_VERSION}")
+        saved = [_decoded_entry(found, tensors) for found in content["shapes"]]
+        signature = _decoded_signature(content["signature"])
+        name = str(content["name"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged or of another version: {error!r}") from error
+    if not saved:
+        raise CheckpointError(f"{path} holds no plan")
+    return name, signature, saved
+
+
+def _checked_content(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            outer = json.loads(metadata.get(_KEY, "null"))
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensors[name] = file.get_tensor(name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}") from error
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    if not isinstance(outer, Mapping) or not isinstance(outer.get("content"), str):
+        raise CheckpointError(f"{path} is no deployed network; write one with deployed.save(path)")
+    if _digest(outer["content"]) != outer.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its text does not match its hash")
+    content = json.loads(outer["content"])
+    found = Store()
+    for name, shape in content["tensors"].items():
+        size = torch.Size(shape).numel()
+        if name not in tensors or tensors[name].dim() != 1 or tensors[name].numel() < size:
+            raise CheckpointError(f"{path} is damaged: a tensor is missing or too short")
+        tensors[name] = tensors[name][:size].view(shape)
+        if found.put(tensors[name]) != name:
+            raise CheckpointError(f"{path} is damaged: a tensor does not match its hash")
+    return content, tensors
+
+
+def _encoded_entry(entry: Entry, store: Store) -> Any:
+    made = entry.program
+    assert made is not None
+    leaves, spec = pytree.tree_flatten((entry.call.arguments, dict(entry.call.named)))
+    return {
+        "arguments": {"spec": encoded_spec(spec), "leaves": [_encoded_leaf(leaf) for leaf in leaves]},
+        "graph": encoded_graph(made.graph, store),
+        "choices": {str(output): _encoded_choice(choice) for output, choice in made.choices.items()},
+        "matrices": [
+            {"node": node, "block": block, "matrix": encoded_matrix(matrix, store)}
+            for (node, block), matrix in made.packed.matrices.items()
+        ],
+        "plan": _plan_of_program(entry.plan).to_json(),
+    }
+
+
+def _plan_of_program(plan: Plan) -> Plan:
+    """Return the plan of what a file holds: the fastest program, even where the model itself was faster still."""
+    programs = {name: seconds for name, seconds in plan.candidates.items() if name in PROGRAMS}
+    return replace(plan, engine=min(programs, key=programs.__getitem__))
+
+
+def _decoded_entry(found: Any, tensors: Mapping[str, Tensor]) -> Saved:
+    leaves = [_decoded_leaf(leaf) for leaf in found["arguments"]["leaves"]]
+    spec = decoded_spec(found["arguments"]["spec"])
+    arguments, named = pytree.tree_unflatten(leaves, spec)
+    packed = Packed()
+    for part in found["matrices"]:
+        key = (int(part["node"]), None if part["block"] is None else int(part["block"]))
+        packed.matrices[key] = decoded_matrix(part["matrix"], tensors)
+    graph = decoded_graph(found["graph"], tensors)
+    choices = {int(output): _decoded_choice(choice) for output, choice in found["choices"].items()}
+    if any(node.output not in choices for node in graph.nodes):
+        raise CheckpointError("the file's plan is damaged: a node has no engine")
+    return Saved(
+        call=Call(tuple(arguments), named, leaves, call_key(leaves, spec)),
+        graph=graph,
+        choices=choices,
+        packed=packed,
+        plan=Plan.from_json(found["plan"]),
+    )
+
+
+def _encoded_choice(choice: Choice) -> Any:
+    tiling = {"vectors": choice.tiling.vectors, "block": choice.tiling.block}
+    return {"engine": choice.engine, **tiling, "seconds": dict(choice.seconds)}
+
+
+def _decoded_choice(found: Any) -> Choice:
+    if found["engine"] not in ("planes", "rows", "dense"):
+        raise CheckpointError(f"the file names an engine {found['engine']!r} that this version does not know")
+    tiling = Tiling(vectors=found["vectors"], block=found["block"])
+    return Choice(engine=found["engine"], tiling=tiling, seconds=dict(found["seconds"]))
+
+
+def _encoded_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    if isinstance(leaf, torch.dtype):
+        return {"dtype": str(leaf).removeprefix("torch.")}
+    return {"plain": leaf}
+
+
+def _decoded_leaf(found: Any) -> Any:
+    if "plain" in found:
+        return found["plain"]
+    dtype = getattr(torch, found["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"the file names a dtype {found['dtype']!r} that PyTorch does not have")
+    return torch.empty(found["shape"], dtype=dtype, device="meta") if "shape" in found else dtype
+
+
+def _encoded_signature(signature: inspect.Signature) -> Any:
+    return [
+        {"name": part.name, "kind": part.kind.name, "optional": part.default is not part.empty}
+        for part in signature.parameters.values()
+    ]
+
+
+def _decoded_signature(found: Any) -> inspect.Signature:
+    """Return a signature that binds as the saved one; what its defaults are does not matter."""
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                part["name"], _KINDS[part["kind"]], default=None if part["optional"] else inspect.Parameter.empty
+            )
+            for part in found
+        ]
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""`load`: a deployed network from its file, without the model's code."""
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from sparsetwin.errors import CheckpointError, ConfigError, UsageError
+from sparsetwin.runtime._calls import Call, plain_mode
+from sparsetwin.runtime._choices import Choice, make_program
+from sparsetwin.runtime._deployed import Deployed
+from sparsetwin.runtime._entries import Entry, Made, make, make_programs, unpacked, with_program
+from sparsetwin.runtime._file import Saved, read_file
+from sparsetwin.runtime._graph import Graph, Torch, Value
+from sparsetwin.runtime._machine import kernels_run, machine
+from sparsetwin.runtime._plain import run_plain, values_of
+from sparsetwin.runtime._plan import Plan
+from sparsetwin.runtime._products import Packed
+from sparsetwin.runtime._rivals import Runner
+from sparsetwin.runtime._timing import race
+
+_ROUNDS = 3
+_ANY_SIZE = frozenset(  # operations whose arguments hold no size
+    f"aten.{name}"
+    for name in (
+        "flatten.using_ints",
+        "add.Tensor",
+        "sub.Tensor",
+        "mul.Tensor",
+        "div.Tensor",
+        "cat.default",
+        "sigmoid.default",
+        "tanh.default",
+        "relu6.default",
+        "hardtanh.default",
+        "hardswish.default",
+        "hardsigmoid.default",
+        "leaky_relu.default",
+        "elu.default",
+        "softmax.int",
+        "avg_pool2d.default",
+        "max_pool2d.default",
+        "adaptive_avg_pool2d.default",
+    )
+)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Deployed:
+    """Return the network that `Deployed.save` wrote, without the model's code.
+
+    The file is mapped into memory, so that processes that load it share its weights. If it comes from another
+    processor, or another number of threads is asked for, all is measured again. A network of convolutions takes new
+    sizes, as when it was deployed; one with other operations takes the shapes that were planned before it was saved.
+
+    Args:
+        path: The file.
+        threads: Of the kernels; as when it was saved by default.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, foreign or of another version.
+        ConfigError: If ``threads`` is less than one.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads}; expected at least 1")
+    name, signature, shapes = read_file(Path(path))
+    source = FileSource(name=name, signature=signature, threads=shapes[0].plan.threads if threads is None else threads)
+    try:
+        with plain_mode():
+            source.entries = tuple(source.restored(saved) for saved in shapes)
+    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: its plan does not fit its weights: {error}") from error
+    return Deployed(source, source.entries)
+
+
+@dataclass(kw_only=True, eq=False)
+class FileSource:
+    """Plans calls by what a file holds."""
+
+    name: str
+    signature: inspect.Signature
+    threads: int
+    entries: tuple[Entry, ...] = ()
+
+    def restored(self, saved: Saved) -> Entry:
+        """Return a saved plan as it was; measured again if this machine or the number of threads is another one."""
+        if kernels_run() and (saved.plan.machine, saved.plan.threads) == (machine(), self.threads):
+            program = make_program(saved.graph, saved.choices, packed=saved.packed, threads=self.threads)
+            made = Made(program=program, graph=saved.graph, choices=saved.choices, packed=saved.packed)
+            return Entry(call=saved.call, run=made.run, plan=saved.plan, program=made)
+        return self._measured(saved.call, unpacked(saved.graph, saved.packed), {})
+
+    def entry(self, call: Call, like: Entry | None = None) -> Entry:
+        """Plan a call of new sizes.
+
+        Raises:
+            UsageError: If the network has operations that hold sizes, or the call is one of another kind.
+        """
+        made = self._like(like)
+        held = {str(node.operation.function) for node in made.graph.nodes if isinstance(node.operation, Torch)}
+        if call.key is None or not _same_kind(call, self.entries[0].call) or held - _ANY_SIZE:
+            known = "; ".join(entry.call.describe() for entry in self.entries)
+            reason = f"its operations {', '.join(sorted(held - _ANY_SIZE))} hold sizes" if held - _ANY_SIZE else ""
+            raise UsageError(
+                f"this {self.name} was loaded from a file with plans for {known}; got {call.describe()}"
+                f"{'; ' if reason else ''}{reason}. Deploy the model, call prepare for each shape, and save again"
+            )
+        return self._measured(call, resized(unpacked(made.graph, made.packed), call), made.choices)
+
+    def reference(self, call: Call) -> Any:
+        """Return what the network's dense operations make of a call; its weights are unpacked for that."""
+        known = next((entry for entry in self.entries if entry.call.key == call.key), None)
+        made = self._like(known or self.entries[0])
+        graph = unpacked(made.graph, made.packed)
+        leaves = run_plain(graph, call.leaves)
+        return leaves[0] if graph.out_spec is None else pytree.tree_unflatten(leaves, graph.out_spec)
+
+    def without_plan(self) -> Runner | None:
+        """Return None: without the model there is no other way."""
+        return None
+
+    def swapped(self) -> nn.Module:
+        """Refuse: there is no model.
+
+        Raises:
+            UsageError: Always.
+        """
+        return self._no_model()
+
+    def _no_model(self) -> NoReturn:
+        raise UsageError(f"this {self.name} was loaded from a file, which holds no model; deploy the model for that")
+
+    def _like(self, entry: Entry | None) -> Made:
+        made = (entry or self.entries[0]).program
+        assert made is not None, "only entries with a program are saved"
+        return made
+
+    def _measured(self, call: Call, graph: Graph, choices: dict[int, Choice] | Any) -> Entry:
+        """Return the fastest program for a graph."""
+        if kernels_run():
+            programs = make_programs(graph, choices, threads=self.threads)
+        else:
+            dense = {node.output: Choice(engine="dense") for node in graph.nodes}
+            programs = {"dense graph": make(graph, dense, packed=Packed(), threads=self.threads)}
+        leaves = [torch.zeros_like(leaf, device="cpu") if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        filled = replace(call, leaves=leaves)
+        runners = {name: partial(made.run, filled) for name, made in programs.items()}
+        seconds = race(runners, rounds=_ROUNDS, threads=self.threads)
+        fastest = min(seconds, key=seconds.__getitem__)
+        plan = Plan(machine=machine(), threads=self.threads, inputs=call.describe(), engine=fastest, candidates=seconds)
+        entry = Entry(call=call.without_numbers(), run=programs[fastest].run, plan=plan)
+        return with_program(entry, graph, programs, seconds)
+
+
+def resized(graph: Graph, call: Call) -> Graph:
+    """Return a graph for a call of other sizes, none of which its operations hold.
+
+    Raises:
+        UsageError: If the operations do not take these sizes.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        leaves = [
+            torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves
+        ]
+        try:
+            found = values_of(graph, leaves)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UsageError(f"the network does not take {call.describe()}: {error}") from error
+    values = {
+        number: Value(shape=tuple(value.shape), dtype=value.dtype) if isinstance(value, Tensor) else None
+        for number, value in found.items()
+    }
+    return replace(graph, values={**graph.values, **values})
+
+
+def _same_kind(call: Call, planned: Call) -> bool:
+    """Tell whether two calls differ in the sizes of tensors only."""
+    if call.key[0] != planned.key[0]:
+        return False
+    return all(
+        (a.dtype, a.dim()) == (b.dtype, b.dim()) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(call.leaves, planned.leaves, strict=True)
+    )

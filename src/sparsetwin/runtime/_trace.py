@@ -1,0 +1,196 @@
+"""From a module and an example call to a `Graph`, by ``torch.export``."""
+
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import Node as FxNode
+
+from sparsetwin.errors import UsageError
+from sparsetwin.runtime._graph import Graph, Node, Ref, Torch, Value, filled, references
+from sparsetwin.runtime._native import NATIVE, aliased, schema_arguments
+
+_FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
+_PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor", "aten.dropout_.default")
+
+
+@torch.no_grad()
+def trace(model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+    """Return what a model computes for arguments of these shapes.
+
+    Args:
+        model: In evaluation mode.
+        arguments: Positional arguments of an example call.
+        named: Keyword arguments.
+
+    Raises:
+        UsageError: If the model cannot be traced, with the cause.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, arguments, dict(named), strict=False)
+            if not _is_functional(program):
+                program = program.run_decompositions({})
+        except Exception as error:  # torch.export raises whatever the model or a pass raises
+            reason = str(error).strip().splitlines()
+            raise UsageError(
+                f"{type(model).__name__} cannot be traced by torch.export for this example: "
+                f"{type(error).__name__}: {reason[0] if reason else ''}"
+            ) from error
+    return _Reader(program).graph()
+
+
+def _is_functional(program: ExportedProgram) -> bool:
+    """Tell whether nothing is changed in place but what nobody else reads: a layer's result by its own activation."""
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not node.target._schema.is_mutable:
+            continue
+        changed = node.args[0] if node.args else None
+        if str(node.target) not in _PURE_IN_PLACE or not isinstance(changed, FxNode):
+            return False
+        if changed.op != "call_function" or len(changed.users) != 1 or _may_alias(changed):
+            return False
+    return True
+
+
+def _may_alias(node: FxNode) -> bool:
+    """Tell whether a node's result may share memory with another value."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or str(target) in aliased():
+        return True
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in target._schema.returns)
+
+
+class _Reader:
+    """Turns a program into nodes, one for each operation that is not computed here and now."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.known: dict[FxNode, Any] = {}  # a Ref, a constant, or a tuple of which only parts are used
+        self.values: dict[int, Value | None] = {}
+        self.nodes: list[Node] = []
+
+    def graph(self) -> Graph:
+        inputs = self._read_placeholders()
+        outputs: tuple[Any, ...] = ()
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr":
+                self.known[node] = _attribute(self.program.graph_module, str(node.target))
+            elif node.op == "call_function":
+                self._read_call(node)
+            elif node.op == "output":
+                outputs = tuple(self._argument(leaf) for leaf in node.args[0])
+        for spec in self.program.graph_signature.output_specs:
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                raise UsageError(
+                    f"the model changes its buffer {spec.target} in a call; deploy takes models that do not"
+                )
+        return Graph(
+            nodes=tuple(self.nodes),
+            values=self.values,
+            inputs=inputs,
+            outputs=outputs,
+            out_spec=self.program.call_spec.out_spec,
+        )
+
+    def _read_placeholders(self) -> tuple[int | None, ...]:
+        inputs: list[int | None] = []
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(placeholders, self.program.graph_signature.input_specs, strict=True):
+            if spec.kind is InputKind.USER_INPUT:
+                if isinstance(spec.arg, ConstantArgument):
+                    self.known[node] = spec.arg.value
+                    inputs.append(None)
+                else:
+                    inputs.append(self._new_value(node))
+                continue
+            assert spec.target is not None
+            state, constants = self.program.state_dict, self.program.constants
+            found = state[spec.target] if spec.target in state else constants[spec.target]
+            self.known[node] = found.detach() if isinstance(found, Tensor) else found
+        return tuple(inputs)
+
+    def _new_value(self, node: FxNode) -> int:
+        meta = node.meta.get("val")
+        number = len(self.values)
+        self.values[number] = (
+            Value(shape=tuple(int(size) for size in meta.shape), dtype=meta.dtype) if isinstance(meta, Tensor) else None
+        )
+        self.known[node] = Ref(value=number)
+        return number
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, FxNode):
+            return self.known[argument]
+        if isinstance(argument, (tuple, list)):
+            return (
+                type(argument)(self._argument(part) for part in argument)
+                if type(argument) is tuple
+                else [self._argument(part) for part in argument]
+            )
+        if isinstance(argument, Mapping):
+            return {name: self._argument(part) for name, part in argument.items()}
+        return argument
+
+    def _read_call(self, node: FxNode) -> None:
+        arguments, named = self._argument(tuple(node.args)), self._argument(dict(node.kwargs))
+        target: Any = node.target
+        if target is operator.getitem and isinstance(arguments[0], tuple):
+            self.known[node] = arguments[0][arguments[1]]
+            return
+        if next(references((arguments, named)), None) is None and _foldable(node):
+            self.known[node] = target(*filled(arguments, {}), **filled(named, {}))
+            return
+        if str(target) in aliased():
+            self.known[node] = arguments[0]
+            return
+        if not node.users and not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            return  # an assertion about shapes, which are fixed here
+        operation: Any = None
+        read: tuple[int, ...] = ()
+        if str(target) in NATIVE:
+            operation, read = NATIVE[str(target)](schema_arguments(target, arguments, named), self.values) or (None, ())
+        single = isinstance(node.meta.get("val"), (tuple, list)) and operation is not None
+        if operation is None:
+            operation = Torch(function=target, arguments=arguments, named=named)
+            read = tuple(dict.fromkeys(references((arguments, named))))
+        if single:  # a native operation makes the first of several results, the only one that inference uses
+            self._read_first(node, operation, read)
+        else:
+            output = self._new_value(node)
+            self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+
+    def _read_first(self, node: FxNode, operation: Any, read: tuple[int, ...]) -> None:
+        first = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+        output = self._new_value(first)
+        self.known[node] = (Ref(value=output),)
+        self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+
+
+def _foldable(node: FxNode) -> bool:
+    """Tell whether an operation on constants always gives the same, small result."""
+    target, meta = node.target, node.meta.get("val")
+    if not isinstance(meta, Tensor) or meta.numel() > _FOLDED or not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _layer_name(node: FxNode) -> str:
+    """Return the path of the module that a node comes from, or its own name."""
+    stack = node.meta.get("nn_module_stack")
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    return path or node.name

@@ -1,0 +1,100 @@
+"""``train --method.name``: every method from the command line, with a dense half where there is one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import TINY, Commands
+
+from sparsetwin.methods import METHODS
+
+EXTRA = {"woodfisher": ("--method.options", "samples=4")}
+NO_DENSE = {
+    "static", "snip", "rigl", "set", "topkast", "str", "gmp", "granet", "st3", "woodfisher", "imp", "dense",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_name_is_enough(cli: Commands, name: str) -> None:
+    lengths = ("--schedule.warmup", 0.2, "--schedule.sparse", 0.2, "--schedule.dense", 0.2,
+               "--schedule.final-dense", 0.2, "--schedule.final-sparse", 0.2)  # fmt: skip
+    done = cli.run(
+        "train", "digits", *TINY, "--epochs", 1, *lengths, "--method.name", name, *EXTRA.get(name, ()), "--out", "run",
+        "--quiet", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    members: Any = done.json["members"]
+    said = f"{name} leaves no dense half that could be trained on, so none is" in done.err
+    assert said == (name in NO_DENSE)
+    assert ("dense-raw" in members) != said
+    assert ("sparse" in members) == (name != "dense")
+    config = json.loads((cli.folder / "run" / "run.json").read_text())["config"]
+    assert config["train"]["dense_finetune"] != said
+    if name in ("gmp", "granet", "st3", "woodfisher"):
+        assert "dense-start" in members
+        assert "dense" not in members
+        assert "\nSparse " in done.out  # with which the sentence about the run begins
+
+
+def test_a_dense_half_that_is_asked_for_is_trained_on(cli: Commands) -> None:
+    done = cli.run(
+        "train", "digits", *TINY, "--epochs", 1, "--method.name", "gmp", "--dense-finetune", "--out", "run", "--quiet",
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    members: Any = done.json["members"]
+    assert {"dense", "dense-raw", "sparse"} <= set(members)
+
+
+def test_a_pattern_a_sparsity_for_each_layer_and_options(cli: Commands) -> None:
+    def trained(folder: str, *flags: object) -> Path:
+        done = cli.run("train", "digits", *TINY, "--epochs", 1, *flags, "--out", folder, "--quiet")
+        assert done.code == 0, done.err
+        return cli.folder / folder
+
+    run = trained("a", "--method.name", "static", "--method.per-layer", "re:0[.].*=0.5", "4.weight=0.75", "8.weight=0.9",
+                  "--schedule.sparsity", 0.88)  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["event"] == "phase"][-1]["layers"]
+    assert kept["0.weight"][0] > 0.3 * kept["0.weight"][1]
+    assert kept["8.weight"][0] < 0.2 * kept["8.weight"][1]
+    run = trained("b", "--method.name", "oneshot", "--method.pattern", "2:4", "--schedule.sparsity", 0.5,
+                  "--targets.dense-first")  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    layers = [line for line in lines if line["event"] == "phase" and line["stage"] == "main"][-1]["layers"]
+    assert len(layers) == 2
+    assert all(2 * kept == size for kept, size in layers.values())
+
+
+def test_a_method_that_there_is_not_is_told_with_the_nearest(cli: Commands) -> None:
+    done = cli.run("train", "digits", "--method.name", "rigel", "--out", "run")
+    assert done.code == 2
+    assert "did you mean 'rigl'" in done.error
+    assert cli.entries() == []
+
+
+@pytest.mark.parametrize("name", ["gmp", "rigl", "imp", "cram", "topkast"])
+def test_a_schedule_is_shown_before_anything_is_trained(cli: Commands, name: str) -> None:
+    done = cli.run("schedule", "digits", "--method.name", name, "--json")
+    assert done.code == 0, done.err
+    share: Any = done.json["training_flops_over_dense"]
+    bounds = {"gmp": (0.3, 0.4), "rigl": (0.1, 0.12), "imp": (0.4, 0.55), "cram": (1.2, 1.4), "topkast": (0.2, 0.25)}
+    low, high = bounds[name]
+    assert low < share < high
+
+
+def test_a_student_learns_from_a_run_and_begins_from_one(cli: Commands, trained: Path) -> None:
+    flags = ("train", "digits", *TINY, "--epochs", 1, "--method.name", "oneshot", "--schedule.start", 0, "--quiet")
+    found: dict[str, Any] = {}
+    for name, more in {
+        "plain": (),
+        "begun": ("--pretrained", trained),
+        "taught": ("--pretrained", trained, "--train.teacher", trained),
+    }.items():
+        done = cli.run(*flags, "--schedule.sparsity", 0.5, *more, "--out", name, "--json")
+        assert done.code == 0, done.err
+        found[name] = done.json["members"]
+    assert found["begun"]["sparse"]["accuracy"] > found["plain"]["sparse"]["accuracy"] + 0.1
+    assert found["taught"]["sparse"]["loss"] != found["begun"]["sparse"]["loss"]
+    assert found["taught"]["sparse"]["training_share"] > found["begun"]["sparse"]["training_share"]

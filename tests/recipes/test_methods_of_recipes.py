@@ -1,0 +1,257 @@
+"""Every method from a recipe: its usual schedule, other ones, and its fields by their short names."""
+
+import dataclasses
+import json
+
+import pytest
+
+import sparsetwin as st
+from sparsetwin.distributions import PerLayer
+from sparsetwin.errors import ConfigError, ScheduleError
+from sparsetwin.methods import METHODS, Method
+from sparsetwin.patterns import NM, Block, Channel, Unstructured
+from sparsetwin.recipes import (
+    RECIPES,
+    MethodSettings,
+    ScheduleSettings,
+    check_recipe,
+    find_recipe,
+    leaves_dense_half,
+    recipe_from_plain,
+)
+from sparsetwin.recipes._methods import pattern_named
+
+STEPS = 100  # of an epoch
+
+
+def built(method: str, *, epochs: int = 10, **schedule: object) -> Method:
+    return MethodSettings(name=method).build(ScheduleSettings(**schedule), steps_per_epoch=STEPS, epochs=epochs)
+
+
+def turns(method: Method) -> list[int]:
+    """Return the step at which each phase begins."""
+    return [phase.start for phase in method.schedule.phases]
+
+
+class TestUsualSchedules:
+    """In a run of 1000 steps."""
+
+    @pytest.mark.parametrize("name", ["static", "snip", "topkast"])
+    def test_one_sparsity_throughout(self, name):
+        assert [(p.steps, p.sparsity) for p in built(name).schedule.phases] == [(1000, 0.9)]
+
+    def test_dense(self):
+        assert [(p.steps, p.sparsity) for p in built("dense").schedule.phases] == [(1000, 0.0)]
+
+    def test_gmp_prunes_from_a_tenth_to_three_quarters_and_ends_exactly(self):
+        found = built("gmp")
+        assert turns(found)[1:] == [*range(120, 750, 20), 750]  # at 100 the cubic ramp begins, at zero
+        assert found.schedule.phases[-1].sparsity == 0.9
+        assert found.schedule.at(130).sparsity == pytest.approx(0.9 - 0.9 * (1 - 20 / 650) ** 3)
+
+    @pytest.mark.parametrize(("name", "stop"), [("granet", 500), ("st3", 750)])
+    def test_sparsity_rises_from_the_first_step_on(self, name, stop):
+        assert turns(built(name)) == list(range(0, stop + 1, 10))
+
+    @pytest.mark.parametrize(("name", "stop"), [("rigl", 750), ("set", 1000)])
+    def test_masks_move_a_hundred_times_a_run(self, name, stop):
+        assert turns(built(name)) == list(range(0, stop, 10))
+
+    def test_oneshot_prunes_in_the_middle_and_cram_at_the_end(self):
+        assert turns(built("oneshot")) == [0, 500]
+        assert turns(built("cram")) == [0, 980]
+
+    def test_woodfisher_prunes_six_times(self):
+        assert turns(built("woodfisher")) == [0, 100, 200, 300, 400, 500, 600]
+
+    def test_str_learns_thresholds_before_a_last_phase_in_which_it_may_cut(self):
+        found = MethodSettings(name="str", options={"exact_final": True}).build(
+            ScheduleSettings(), steps_per_epoch=STEPS, epochs=10
+        )
+        assert [(p.start, p.sparsity) for p in found.schedule.phases] == [(0, 0.9), (800, 0.9)]
+
+    @pytest.mark.parametrize("epochs", [3, 10, 37])
+    @pytest.mark.parametrize("rounds", [1, 3, 7])
+    def test_rounds_of_imp_are_equal_and_fill_the_run(self, epochs, rounds):
+        schedule = built("imp", epochs=epochs, rounds=rounds).schedule
+        sparse = [phase.steps for phase in schedule.phases if phase.is_sparse]
+        assert len(sparse) == rounds
+        assert set(sparse) == {schedule.phases[-rounds - 1].steps}
+        assert schedule.total_steps == epochs * STEPS
+        rewind = schedule.phases[1].start
+        assert abs(rewind - 0.05 * epochs * STEPS) <= (rounds + 1) / 2
+
+    def test_rounds_that_do_not_fit_are_refused(self):
+        with pytest.raises(ScheduleError, match="2 steps are too few for 3 rounds"):
+            MethodSettings(name="imp").build(ScheduleSettings(), steps_per_epoch=2, epochs=1)
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_has_one_in_every_recipe(self, recipe, name):
+        made = find_recipe(recipe)
+        found = dataclasses.replace(made.method, name=name).build(
+            made.schedule, steps_per_epoch=18, epochs=made.train.epochs
+        )
+        assert found.schedule.total_steps == 18 * made.train.epochs
+        assert found.schedule.final_sparsity == (0.0 if name == "dense" else 0.9)
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_has_one_in_a_run_of_a_few_steps(self, name):
+        schedule = ScheduleSettings(
+            unit="fractions", warmup=0.1, sparse=0.2, dense=0.2, final_dense=0.1, final_sparse=0.2
+        )
+        assert MethodSettings(name=name).build(schedule, steps_per_epoch=18, epochs=1).schedule.total_steps == 18
+
+
+class TestOtherSchedules:
+    @pytest.mark.parametrize(("unit", "scale"), [("epochs", 1.0), ("steps", 100.0), ("fractions", 0.1)])
+    def test_places_are_given_in_the_unit_of_the_lengths(self, unit, scale):
+        found = built("gmp", unit=unit, start=2 * scale, stop=6 * scale, every=1 * scale)
+        assert turns(found) == [0, 300, 400, 500, 600]
+
+    def test_a_kind_of_another_method_can_be_asked_for(self):
+        assert turns(built("gmp", kind="oneshot", start=4.0)) == [0, 400]
+        assert turns(built("gmp", kind="oneshot")) == [0, 500]
+        assert turns(built("acdc", kind="gradual")) == turns(built("gmp"))
+        assert turns(built("acdc", kind="gradual", start=1.0, stop=3.0, every=1.0)) == [0, 200, 300]
+        assert turns(built("oneshot", kind="oneshot", start=0.0)) == [0]
+
+    def test_a_schedule_that_the_method_cannot_follow_is_refused_by_the_method(self):
+        with pytest.raises(ScheduleError, match="RigL keeps one sparsity"):
+            built("rigl", kind="oneshot")
+        with pytest.raises(ScheduleError, match="GMP brings no weight back"):
+            built("gmp", kind="alternating", warmup=2, sparse=2, dense=2, final_dense=2, final_sparse=4)
+
+    def test_a_gradual_one_may_begin_sparse(self):
+        found = built("granet", initial_sparsity=0.5)
+        assert found.schedule.phases[0].sparsity == 0.5
+
+    def test_a_place_nearer_to_the_start_than_half_a_step_is_the_start(self):
+        assert turns(built("rigl", every=0.001, stop=0.03)) == [0, 1, 2]
+        assert turns(built("gmp", start=0.001, stop=2.0, every=1.0)) == [0, 100, 200]
+
+    @pytest.mark.parametrize(
+        ("method", "fields", "message"),
+        [
+            ("rigl", {"start": 2.0}, "kind periodic takes no --schedule.start; it has: --schedule.stop, --schedule.every"),
+            ("acdc", {"every": 2.0}, "kind alternating takes no --schedule.every; leave it out"),
+            ("static", {"stop": 2.0}, "kind constant takes no --schedule.stop; leave it out"),
+            ("gmp", {"stop": 2.0, "phases": ((5.0, 0.0), (5.0, 0.9))}, "explicit phases take no --schedule.stop"),
+        ],
+    )  # fmt: skip
+    def test_places_that_would_do_nothing_are_refused(self, method, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            built(method, **fields)
+
+    def test_a_published_schedule_of_the_recipe_is_acdcs_alone(self):
+        recipe = find_recipe("imagenet-resnet50")
+        assert recipe.schedule.paper == "imagenet-100"
+        gmp = dataclasses.replace(recipe.method, name="gmp").build(recipe.schedule, steps_per_epoch=100, epochs=100)
+        assert gmp.schedule.at(1100).sparsity < 0.9
+        kept = dataclasses.replace(recipe.schedule, kind="alternating")
+        with pytest.raises(ScheduleError, match="GMP brings no weight back"):
+            dataclasses.replace(recipe.method, name="gmp").build(kept, steps_per_epoch=100, epochs=100)
+
+    def test_a_ramp_lets_each_sparse_phase_of_acdc_begin_gently(self):
+        plain = built("acdc", warmup=2, sparse=2, dense=2, final_dense=2, final_sparse=4)
+        ramp = built("acdc", warmup=2, sparse=2, dense=2, final_dense=2, final_sparse=4, ramp=1, ramp_prunings=3)
+        assert set(turns(plain)) < set(turns(ramp))
+        first = [p.sparsity for p in ramp.schedule.phases if 200 <= p.start < 400]
+        assert first == sorted(first)
+        assert first[-1] == 0.9
+
+
+class TestFields:
+    def build(self, name: str = "acdc", **fields: object) -> Method:
+        return MethodSettings(name=name, **fields).build(
+            ScheduleSettings(phases=((5.0, 0.0), (5.0, 0.5))) if name == "acdc" else ScheduleSettings(),
+            steps_per_epoch=STEPS,
+            epochs=10,
+        )
+
+    def test_what_is_not_given_is_as_the_method_has_it(self):
+        for name in METHODS:
+            found = self.build(name)
+            assert found == METHODS[name](schedule=found.schedule)
+
+    def test_distribution_score_reset_and_least_number(self):
+        found = self.build(distribution="uniform", score="movement", reset="none", minimum_kept=3)
+        assert isinstance(found, st.ACDC)
+        assert (found.distribution, found.score, found.reset, found.minimum_kept) == (
+            st.Uniform(),
+            "movement",
+            "none",
+            3,
+        )
+
+    def test_a_sparsity_for_each_layer(self):
+        found = self.build("static", per_layer={"conv1": 0.5, "re:conv[23]": 0.9, "fc": 0.8})
+        assert found.distribution == PerLayer({"conv1": 0.5, "re:conv[23]": 0.9, "fc": 0.8})  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match=r"--method.distribution or --method.per-layer, not both"):
+            self.build(distribution="uniform", per_layer={"fc": 0.5})
+
+    def test_ham_and_options(self):
+        found = self.build("rigl", ham=(200.0, 1e-3), options={"drop_fraction": 0.5})
+        assert found.ham == st.HAM(alpha=200.0, beta=1e-3)
+        assert found.drop_fraction == 0.5  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        ("name", "fields", "message"),
+        [
+            ("acdcc", {}, "unknown method 'acdcc'; known: .*did you mean 'acdc'"),
+            ("rigl", {"options": {"drop": 0.5}}, "rigl has no field 'drop'; it has: .*drop_fraction"),
+            ("rigl", {"score": "movement"}, "rigl has no field 'score'"),
+            ("static", {"score": "random", "options": {"score": "random"}}, r"score is given twice: as --method.score"),
+            ("rigl", {"options": {"drop_fraction": 2}}, r"drop_fraction is a fraction of kept weights in \[0, 1\], got 2"),
+            ("acdc", {"pattern": "2x"}, "a pattern is unstructured, N:M, transposable-N:M, RxC or channel, got '2x'"),
+        ],
+    )  # fmt: skip
+    def test_what_a_method_lacks_is_refused_by_name(self, name, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            self.build(name, **fields)
+
+    @pytest.mark.parametrize(
+        ("text", "pattern"),
+        [
+            ("unstructured", Unstructured()), ("2:4", NM(2, 4)), ("transposable-2:4", NM(2, 4, transposable=True)),
+            ("4x4", Block(4, 4)), ("1x8", Block(1, 8)), ("channel", Channel()),
+        ],
+    )  # fmt: skip
+    def test_patterns_have_short_forms(self, text, pattern):
+        assert pattern_named(text) == pattern
+        assert self.build(pattern=text).pattern == pattern  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("text", ["", "2:", ":4", "a:b", "transposable-4x4", "row", "2:4:8", "-2:4"])
+    def test_what_is_no_pattern_is_refused(self, text):
+        with pytest.raises(ConfigError, match="a pattern is"):
+            pattern_named(text)
+
+    def test_all_of_it_is_the_same_after_it_was_written_and_read(self):
+        made = dataclasses.replace(
+            find_recipe("digits"),
+            method=MethodSettings(
+                name="rigl", ham=(200.0, 1e-3), per_layer={"re:a=b": 0.5}, options={"decay": "constant"}
+            ),
+            schedule=ScheduleSettings(kind="periodic", every=0.5, stop=30.0, rounds=5),
+            pretrained="runs/a",
+        )
+        assert recipe_from_plain(json.loads(json.dumps(made.plain()))) == made
+
+
+class TestDenseHalf:
+    @pytest.mark.parametrize(
+        ("name", "leaves"),
+        [("acdc", True), ("oneshot", True), ("cram", True), ("dense", False), ("static", False), ("rigl", False),
+         ("gmp", False), ("granet", False), ("imp", False), ("woodfisher", False), ("str", False)],
+    )  # fmt: skip
+    def test_what_there_is_to_train_on(self, name, leaves):
+        made = find_recipe("digits")
+        made = dataclasses.replace(made, method=MethodSettings(name=name))
+        assert leaves_dense_half(made) == leaves
+        if leaves:
+            check_recipe(made)
+
+    def test_lengths_in_steps_wait_for_the_data(self):
+        made = find_recipe("digits")
+        steps = dataclasses.replace(made.schedule, unit="steps")
+        assert leaves_dense_half(dataclasses.replace(made, schedule=steps, method=MethodSettings(name="static")))
