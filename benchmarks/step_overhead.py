@@ -2,6 +2,7 @@
 
     python benchmarks/step_overhead.py --model resnet20 --batch 128 --size 32
     python benchmarks/step_overhead.py --model resnet50 --batch 8 --size 64
+    python benchmarks/step_overhead.py --model resnet18 --batch 512 --size 32 --device cuda --steps 100
 
 The three kinds of step alternate in one run, each on a model of its own with equal weights; medians are compared. The
 operators of a dense-phase step are listed by the profiler and compared with those of the plain step.
@@ -29,6 +30,14 @@ class Settings:
     sparsity: float = 0.9
     steps: int = 15
     threads: int = 1
+    device: str = "cpu"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Contestant:
@@ -64,10 +73,11 @@ def main() -> None:
     settings = tyro.cli(Settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    classes = {"num_classes": 10} if settings.model == "resnet20" else {}
-    model = build(settings.model, **classes)
-    x = torch.randn(settings.batch, 3, settings.size, settings.size)
-    y = torch.randint(0, 10, (settings.batch,))
+    device = torch.device(settings.device)
+    classes = {"num_classes": 10} if settings.model in ("resnet20", "resnet18") else {}
+    model = build(settings.model, **classes).to(device)
+    x = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
+    y = torch.randint(0, 10, (settings.batch,), device=device)
     contestants = {
         "plain": Contestant(model, None),
         "dense phase": Contestant(model, 0.0),
@@ -76,10 +86,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(settings.steps + 2):
         for name, contestant in contestants.items():
-            started = time.perf_counter()
+            started = now(device)
             contestant.step(x, y)
             if round_number >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now(device) - started)
     print(f"torch {torch.__version__}, {settings}")
     plain = seconds["plain"]
     for name, measured in seconds.items():
@@ -92,10 +102,10 @@ def main() -> None:
     sparsifier = contestants["sparse phase"].sparsifier
     assert sparsifier is not None
     contestants["sparse phase"].backward(x, y)
-    started = time.perf_counter()
+    started = now(device)
     for _ in range(50):
         sparsifier.mask_gradients()
-    spent = (time.perf_counter() - started) / 50
+    spent = (now(device) - started) / 50
     share = 2 * spent / statistics.median(plain)
     print(f"masking gradients and weights: about {2e3 * spent:.2f} ms a step, {share:.2%} of the plain step")
     difference = operators(contestants["dense phase"], x, y)

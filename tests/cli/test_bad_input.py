@@ -42,7 +42,9 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "sparsity": (("train", "--sparsity", "1"), "sparsity is a fraction of zeros in [0, 1), got 1.0"),
     "percent": (("train", "--sparsity", "90"), "for 90% write 0.9"),
     "pattern": (("train", *SHORT, "--targets.exclude", "conv9"), "'conv9' matches no parameter of the model"),
-    "finetune": (("train", "--method.name", "dense", "--dense-finetune"), "dense throughout; leave it out (--no-dense-finetune)"),
+    "finetune": (
+        ("train", "--method.name", "dense", "--dense-finetune"), "dense throughout; leave it out (--no-dense-finetune)"
+    ),
     "dense end": (("train", "--schedule.final-sparse", "0"), "this schedule ends dense"),
     "device": (("train", "--device", "cuda:7"), "device 'cuda:7' cannot be used here"),
     "device's name": (("train", "--device", "gpu"), "device 'gpu' cannot be used here"),

@@ -15,7 +15,10 @@ NO_DENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("static", "gmp", "oneshot", "imp", "woodfisher", "cram")  # the others are trained in tests/training
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_a_name_is_enough(cli: Commands, name: str) -> None:
     lengths = ("--schedule.warmup", 0.2, "--schedule.sparse", 0.2, "--schedule.dense", 0.2,
                "--schedule.final-dense", 0.2, "--schedule.final-sparse", 0.2)  # fmt: skip
@@ -53,8 +56,8 @@ def test_a_pattern_a_sparsity_for_each_layer_and_options(cli: Commands) -> None:
         assert done.code == 0, done.err
         return cli.folder / folder
 
-    run = trained("a", "--method.name", "static", "--method.per-layer", "re:0[.].*=0.5", "4.weight=0.75", "8.weight=0.9",
-                  "--schedule.sparsity", 0.88)  # fmt: skip
+    run = trained("a", "--method.name", "static", "--method.per-layer", "re:0[.].*=0.5", "4.weight=0.75",
+                  "8.weight=0.9", "--schedule.sparsity", 0.88)  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["event"] == "phase"][-1]["layers"]
     assert kept["0.weight"][0] > 0.3 * kept["0.weight"][1]

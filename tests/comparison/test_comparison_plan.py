@@ -16,20 +16,21 @@ from sparsetwin.comparison import (
     summary,
     tasks,
 )
-from sparsetwin.comparison._plan import Outcome, contender_recipe, lengthened
+from sparsetwin.comparison._longer import lengthened
+from sparsetwin.comparison._plan import Outcome, contender_recipe
 from sparsetwin.comparison._small import small_width
-from sparsetwin.comparison._spaces import knobs_of, trial_changes
+from sparsetwin.comparison._spaces import KNOBS, knobs_of, trial_changes
 from sparsetwin.errors import ConfigError
 from sparsetwin.methods import METHODS
 from sparsetwin.metrics import count_forward_flops
-from sparsetwin.recipes import example_input, find_recipe, meta_model, recipe_from_plain
+from sparsetwin.recipes import check_recipe, example_input, find_recipe, meta_model, recipe_from_plain
 
 DIGITS = find_recipe("digits")
 
 
 def plan(*labels: str, **fields) -> Plan:
-    usual = {"sparsities": (0.9, 0.95), "seeds": (0, 1)}
-    return Plan(recipe=DIGITS, contenders=tuple(map(find_contender, labels)), **{**usual, **fields})
+    usual = {"sparsities": (0.9, 0.95), "seeds": (0, 1), "recipe": DIGITS, "reference": "acdc"}
+    return Plan(contenders=tuple(map(find_contender, labels)), **{**usual, **fields})
 
 
 class TestStatistics:
@@ -88,6 +89,9 @@ class TestContenders:
         [
             ("rigel", "unknown contender 'rigel'; known: .*did you mean 'rigl'"),
             ("a=rigl,schedule", "a change is FIELD=VALUE"),
+            ("a/b=rigl", "a label is the name of a folder"),
+            ("..=rigl", "a label is the name of a folder"),
+            ("pretrained=dense", "and not 'pretrained'"),
         ],
     )
     def test_what_is_none_is_refused(self, text, message):
@@ -110,6 +114,48 @@ class TestContenders:
             found = count_forward_flops(small, example_input(recipe.dataset)).total()
             goal = 0.1 * count_forward_flops(meta_model(recipe), example_input(recipe.dataset)).total()
         assert found == pytest.approx(goal, rel=0.15)  # channels are whole numbers
+
+
+class TestSpaces:
+    """What is tuned."""
+
+    @pytest.mark.parametrize("sparsity", [0.5, 0.9])
+    @pytest.mark.parametrize("label", known_labels())
+    def test_every_trial_of_every_contender_can_be_trained(self, label, sparsity):
+        contender = find_contender(label)
+        base = contender_recipe(plan(label, reference=label, trials=1), contender, sparsity)
+        for trial in range(8):
+            check_recipe(changed(base, trial_changes(contender, base, trial=trial, seed=1)))
+
+    @pytest.mark.parametrize("label", METHODS)
+    def test_all_values_of_all_knobs_can_be_had_together_and_are_drawn(self, label):
+        contender = find_contender(label)
+        base = contender_recipe(plan(label, reference=label), contender, 0.9)
+        drawn = [trial_changes(contender, base, trial=trial, seed=1) for trial in range(1, 60)]
+        for knob in knobs_of(contender):
+            assert len({str(changes[knob.path]) for changes in drawn}) == len(knob.values)
+
+    def test_values_that_the_sparsity_does_not_allow_are_not_drawn(self):
+        contender = find_contender("topkast")
+        base = contender_recipe(plan("topkast", reference="topkast"), contender, 0.7)
+        drawn = {
+            trial_changes(contender, base, trial=trial, seed=1)["method.options.backward_sparsity"]
+            for trial in range(1, 30)
+        }
+        assert drawn == {0.0, 0.5}
+
+    def test_what_a_contender_fixes_is_not_tuned(self):
+        assert "schedule.start" not in {knob.path for knob in knobs_of(find_contender("gmp-pretrained"))}
+        assert "method.ham" in {knob.path for knob in knobs_of(find_contender("acdc+ham"))}
+
+    def test_places_are_fractions_of_the_run_in_the_unit_of_the_schedule(self):
+        contender = find_contender("oneshot")
+        base = contender_recipe(plan("oneshot", reference="oneshot"), contender, 0.9)
+        epochs = {trial_changes(contender, base, trial=trial, seed=1)["schedule.start"] for trial in range(1, 30)}
+        assert epochs == {0.25 * 60, 0.5 * 60, 0.7 * 60}
+
+    def test_every_method_has_its_own_space_or_none_on_purpose(self):
+        assert set(KNOBS) == set(METHODS)
 
 
 class TestTasks:
@@ -160,6 +206,85 @@ class TestTasks:
         longer = lengthened(recipe, 2 * DIGITS.train.epochs)
         assert (longer.schedule.start, longer.learning_rate.milestones) == (12.0, (60.0, 100.0))
 
+    def test_every_length_of_a_longer_run_is_stretched(self):
+        for name in ("digits", "imagenet-resnet50", "cifar100-wrn28-10", "charlm-gpt"):
+            recipe = find_recipe(name)
+            longer = lengthened(recipe, 3 * recipe.train.epochs)
+            short, long = (
+                r.method.build(r.schedule, steps_per_epoch=10, epochs=r.train.epochs).schedule for r in (recipe, longer)
+            )
+            assert [(3 * phase.start, 3 * phase.stop, phase.sparsity) for phase in short.phases] == [
+                (phase.start, phase.stop, phase.sparsity) for phase in long.phases
+            ]
+            assert longer.learning_rate.milestones == tuple(3 * m for m in recipe.learning_rate.milestones)
+
+    def test_lengths_in_steps_and_explicit_phases_are_stretched_to_whole_steps(self):
+        recipe = changed(DIGITS, {"schedule.unit": "steps", "schedule.phases": ((333, 0.0), (747, 0.9))})
+        longer = lengthened(recipe, 66)  # 1188 steps of 18
+        assert longer.schedule.phases == ((366, 0.0), (822, 0.9))
+        assert longer.schedule.build(steps_per_epoch=18, epochs=66).total_steps == 1188
+
+    def test_pretraining_is_part_of_equal_flops(self):
+        asked = plan("acdc", "oneshot-pretrained", sparsities=(0.9,), seeds=(0,), equal_flops=True)
+        outcomes = {
+            Path("runs/pretrained/seed-0"): Outcome(holdout=0.9, training_flops=300),
+            Path("runs/acdc/0.9/seed-0"): Outcome(holdout=0.9, training_flops=600),
+            Path("runs/oneshot-pretrained/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),
+        }
+        longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
+        assert [task.recipe.train.epochs for task in longer] == [3 * DIGITS.train.epochs]
+        assert longer[0].pretrained == Path("runs/pretrained/seed-0")
+
+    def test_a_dense_reference_stands_beside_every_sparsity(self):
+        asked = plan("dense", "static", sparsities=(0.9,), seeds=(0,), equal_flops=True, reference="dense")
+        outcomes = {
+            Path("runs/dense/dense/seed-0"): Outcome(holdout=0.9, training_flops=1000),
+            Path("runs/static/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),
+        }
+        longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
+        assert [(task.label, task.recipe.train.epochs) for task in longer] == [("static", 10 * DIGITS.train.epochs)]
+
+    def test_trials_of_what_needs_a_trained_network_have_one_of_their_own_seed(self):
+        asked = plan("woodfisher", sparsities=(0.9,), seeds=(0,), trials=2, reference="woodfisher")
+        first = list(tasks(asked, {}))
+        assert [str(task.folder) for task in first] == ["runs/pretrained/seed-1000", "runs/pretrained/seed-0"]
+        outcomes = {task.folder: Outcome(holdout=0.9, training_flops=5) for task in first}
+        trials = [task for task in tasks(asked, outcomes) if task.table == "trials"]
+        assert {(task.recipe.seed, task.pretrained) for task in trials} == {(1000, Path("runs/pretrained/seed-1000"))}
+
+    def test_what_needs_a_trained_network_is_not_tried_where_that_failed(self):
+        asked = plan("acdc", "gmp-pretrained", sparsities=(0.9,), seeds=(0, 1))
+        outcomes = {
+            Path("runs/pretrained/seed-0"): Outcome(holdout=math.nan, training_flops=0),
+            Path("runs/pretrained/seed-1"): Outcome(holdout=0.9, training_flops=5),
+        }
+        found = [str(task.folder) for task in tasks(asked, outcomes) if task.label == "gmp-pretrained"]
+        assert found == ["runs/gmp-pretrained/0.9/seed-1"]
+
+    @pytest.mark.parametrize("name", ["digits", "imagenet-resnet50", "cifar100-wrn28-10", "cifar10-resnet20"])
+    def test_every_contender_can_be_trained_with_every_recipe_of_images(self, name):
+        narrows = find_recipe(name).model.name in ("digits_cnn", "resnet20")
+        labels = [label for label in known_labels() if narrows or not label.startswith("small")]
+        plan(*labels, recipe=find_recipe(name), sparsities=(0.95,)).check()
+
+    def test_a_contender_that_cannot_be_trained_is_named_before_anything_is(self):
+        with pytest.raises(ConfigError, match=r"mine at sparsity 0.9: rigl has no field 'drop'"):
+            plan("acdc", "mine=rigl,method.options.drop=1").check()
+        with pytest.raises(ConfigError, match=r"odd at sparsity 0.9: optimizer.lr cannot be 'fast'"):
+            plan("acdc", "odd=rigl,optimizer.lr=fast").check()
+        with pytest.raises(
+            ConfigError, match=r"small-dense-flops at sparsity 0.9: gpt has no option width that is a factor"
+        ):
+            plan("acdc", "small-dense-flops", recipe=find_recipe("charlm-gpt")).check()
+
+    def test_what_is_said_of_sparse_methods_is_no_matter_for_dense_ones(self):
+        recipe = changed(DIGITS, {"method.distribution": "uniform"})
+        asked = plan("acdc", "dense", "oneshot-pretrained", "small-dense-parameters", recipe=recipe)
+        asked.check()
+        dense = [task.recipe.method for task in tasks(asked, {}) if task.recipe.method.name == "dense"]
+        assert len(dense) == 2 + 2 + 4  # before training, as a contender, and narrower at two sparsities
+        assert {method.distribution for method in dense} == {None}
+
     def test_what_needs_a_trained_network_waits_for_it(self):
         asked = plan("gmp-pretrained", sparsities=(0.9,), seeds=(0,), reference="gmp-pretrained")
         first = list(tasks(asked, {}))
@@ -174,9 +299,15 @@ class TestTasks:
             (("acdc", "acdc"), {}, "contenders of different labels"),
             (("acdc",), {"seeds": ()}, "at least one sparsity and one seed"),
             (("acdc",), {"sparsities": (1.5,)}, "sparsities are fractions between 0 and 1"),
-            (("gmp",), {"equal_flops": True}, "equal FLOPs are those of acdc, which is not among: gmp"),
+            (("acdc",), {"sparsities": (0.9, 0.9)}, "the sparsities of a comparison differ from each other"),
+            (("acdc",), {"seeds": (1, 1)}, "the seeds of a comparison differ from each other"),
+            (("gmp",), {}, "the others are compared with acdc, which is not among: gmp"),
+            (("acdc",), {"trials": 2, "seeds": (1000,)}, "the seed 1000 is that of the trials"),
+            (("acdc",), {"trials": 2, "recipe": changed(DIGITS, {"dataset.holdout": 0.0})},
+             "settings are chosen on a hold-out, but the recipe has none"),
+            (("acdc",), {"trials": 2, "recipe": changed(DIGITS, {"schedule.unit": "steps"})}, "use epochs"),
         ],
-    )
+    )  # fmt: skip
     def test_plans_that_cannot_be(self, labels, fields, message):
         with pytest.raises(ConfigError, match=message):
             plan(*labels, **fields)

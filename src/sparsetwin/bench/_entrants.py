@@ -96,4 +96,6 @@ def in_process(run: Callable[[], Tensor], note: str = "") -> Entrant:
 def first_line(error: BaseException) -> str:
     """Return what an error says, shortly."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines = [f"{lines[0]} {lines[1]}"]
     return lines[0][:300] if lines else type(error).__name__

@@ -57,13 +57,22 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    error = TooLongError(f"took longer than {seconds:g} s to prepare")
+    is_over = False
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise TooLongError(f"took longer than {seconds:g} s to prepare")
+        nonlocal is_over
+        is_over = True
+        raise error
 
     old = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
+    except Exception as raised:  # compilers put what interrupts them into errors of their own
+        if is_over:
+            raise error from raised
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)

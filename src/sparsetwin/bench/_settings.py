@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
+
+import tyro
 
 from sparsetwin.errors import ConfigError
 
@@ -36,7 +38,7 @@ class BenchSettings:
     """After so many seconds of calls an engine has no more turns, but three at least."""
     prepare_seconds: float = 180.0
     """What compiling, converting or planning for one batch size may take."""
-    deepsparse_python: Path | None = None
+    deepsparse_python: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Python interpreter that has deepsparse, which needs Python 3.10 or older."""
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ def eager(case: Case, *, bfloat16: bool, channels_last: bool) -> Entrant:
     if channels_last:
         if case.inputs.dim() != 4:
             raise NotHereError("channels last is for images")
-        model = model.to(memory_format=torch.channels_last)
+        to: Any = model.to  # whose annotations lack memory formats
+        to(memory_format=torch.channels_last)
     return in_process(_call(model, case.inputs, bfloat16=bfloat16, channels_last=channels_last))
 
 
@@ -34,11 +35,21 @@ def compiled(case: Case, *, bfloat16: bool) -> Entrant:
     return in_process(run, "weights frozen")
 
 
+def load_compiler() -> None:
+    """Import the compiler, so that no time limit can interrupt that and leave half of it behind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("torch._dynamo", "torch._dynamo.convert_frame", "torch._inductor.compile_fx"):
+            importlib.import_module(name)
+
+
 def csr(case: Case) -> Entrant:
     """Return PyTorch's eager mode with the weights of pruned linear layers as sparse matrices."""
     model = _twin(case.model)
     pruned = [
-        layer for layer in model.modules() if type(layer) is nn.Linear and bool((layer.weight == 0).float().mean() > 0.1)
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear and bool((layer.weight == 0).float().mean() > 0.1)
     ]
     if not pruned:
         raise NotHereError("no linear layer is pruned; PyTorch has no sparse convolutions")
@@ -51,7 +62,8 @@ def deployed(case: Case, *, reduced: bool) -> Entrant:
     """Return `sparsetwin.deploy`, without the rivals that have rows of their own."""
     threads = case.settings.threads
     model = deploy(case.model, case.inputs, threads=threads, allow_reduced_precision=reduced, rivals=())
-    return in_process(lambda: _tensor(model(case.inputs)), f"runs as: {model.plan.engine}")
+    note = f"{'bf16 allowed, ' if reduced else ''}runs as: {model.plan.engine}"
+    return in_process(lambda: _tensor(model(case.inputs)), note)
 
 
 def _twin(model: nn.Module, *, bfloat16: bool = False) -> nn.Module:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("evaluation", "evaluate a half of a pair on the test set"),
     "schedule": Command("schedule", "print phases and FLOPs before anything is trained"),
     "export": Command("export", "write a half for another engine or in another file format"),
+    "bench": Command("bench", "time a half on every engine that is installed"),
     "report": Command("report", "write one HTML page about one or more runs"),
     "recipes": Command("recipes", "list the recipes"),
     "methods": Command("methods", "list the sparse-training methods"),

@@ -1,8 +1,10 @@
 """``sparsetwin compare [RECIPE]``."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,8 @@ from sparsetwin.cli._call import DataPath, Switch, parse, print_json, print_tabl
 from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
 from sparsetwin.comparison import TABLES, Plan, Progress, compare, find_contender
 from sparsetwin.recipes import Recipe, check_recipe, find_recipe, recipe_from_plain
-from sparsetwin.report import METHOD_HEADINGS, MethodRow, method_cells
+from sparsetwin.report import METHOD_HEADINGS, MethodRow, method_cells, verdict_of
+from sparsetwin.training import choose_device
 from sparsetwin.training.environment import command_line
 
 _SHORT_EPOCHS = 15
@@ -44,10 +47,11 @@ class Compare:
     """Runs in which each method's settings are chosen on the hold-out, for each sparsity; 0 takes the recipe's."""
     equal_flops: Switch = False
     """Train methods that cost less than the reference once more, as long as its FLOPs last."""
-    reference: str = "acdc"
-    """What the others are compared with."""
+    reference: str | None = None
+    """What the others are compared with, by its label; by default acdc if it is among them, else the first."""
     jobs: int = 0
-    """Runs at a time; 0 is one for each core that the recipe's threads leave."""
+    """Runs at a time; 0 is as many as fit on the CPU's cores with the recipe's --threads each, and one where a run may
+    take all of them or trains on a GPU."""
     data: DataPath = None
     """Folder of the data set, if the recipe needs one."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -67,27 +71,30 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(Compare, flags, command=f"compare {name}", default=Compare(recipe=default))
     recipe = recipe_from_plain(overridden(args.recipe, default=default, flags=flags).plain())
     check_recipe(recipe)
+    contenders = tuple(find_contender(text) for text in args.methods)
+    labels = [contender.label for contender in contenders]
     plan = Plan(
         recipe=recipe,
-        contenders=tuple(find_contender(text) for text in args.methods),
+        contenders=contenders,
         sparsities=args.sparsities,
         seeds=tuple(range(recipe.seed, recipe.seed + args.seeds)),
         trials=args.trials,
         equal_flops=args.equal_flops,
-        reference=args.reference,
+        reference=args.reference or ("acdc" if "acdc" in labels else (labels or [""])[0]),
     )
     out = args.out or Path("runs") / f"compare-{name.replace(':', '-')}"
     is_short = recipe.train.epochs < _SHORT_EPOCHS or name == "digits"
-    tables = compare(
-        plan,
-        out,
-        recipe_name=name,
-        command=command_line(),
-        data=args.data,
-        jobs=args.jobs or max(1, (os.cpu_count() or 1) // max(recipe.threads, 1)),
-        notes=(_NOTE,) if is_short else (),
-        on_progress=_silent if args.quiet else _tell,
-    )
+    with _stopping_at_once():
+        tables = compare(
+            plan,
+            out,
+            recipe_name=name,
+            command=command_line(),
+            data=args.data,
+            jobs=args.jobs or _jobs(recipe),
+            notes=(_NOTE,) if is_short else (),
+            on_progress=_silent if args.quiet else _tell,
+        )
     for table, rows in tables.items():
         if rows:
             print_table(METHOD_HEADINGS, [method_cells(row) for row in rows], title=TABLES[table])
@@ -99,8 +106,27 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """Let a request to end the process, like an interrupt, stop all runs after their steps."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped and saved; the same command goes on", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _jobs(recipe: Recipe) -> int:
+    if not recipe.threads or choose_device(recipe.device).type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // recipe.threads)
+
+
 def _plain(row: MethodRow) -> dict[str, object]:
-    return vars(row).copy()
+    return {**vars(row), "verdict": verdict_of(row)}
 
 
 def _silent(progress: Progress) -> None:

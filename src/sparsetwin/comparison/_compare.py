@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsetwin.comparison._contenders import Contender
-from sparsetwin.comparison._plan import Plan, Task
+from sparsetwin.comparison._plan import TUNING_SEED, Plan, Task
 from sparsetwin.comparison._results import rows_of
 from sparsetwin.comparison._runner import Progress, Runner
 from sparsetwin.comparison._spaces import knobs_of
@@ -49,13 +49,14 @@ def compare(
         Rows by table name.
 
     Raises:
-        UsageError: If the folder holds another comparison.
+        ConfigError: If a contender cannot be trained with the recipe.
+        UsageError: If the folder holds another comparison, or something else.
         TrainingError: If a run ends for another reason than that training came to nothing.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    plan.check()
     described = _describe(plan, recipe_name=recipe_name, command=command)
-    _begin(out / _PLAN, described)
     runner = Runner(out=out, recipe_name=recipe_name, data=data, jobs=jobs, on_progress=on_progress)
+    _begin(out / _PLAN, described)
     known = runner.run(plan)
     return write_tables(plan, known, out, notes=notes, about=_about(json.loads((out / _PLAN).read_text())))
 
@@ -79,17 +80,30 @@ def write_tables(
 def _said(plan: Plan) -> list[str]:
     """Return how the numbers came about."""
     said = [
-        "Test accuracy after the last epoch: the mean over seeds, the deviation of the sample and the 95% interval of "
-        f"the mean (Student's t). Differences are to {plan.reference}, paired by seed. A method is called better or "
-        "worse only with at least five seeds and a p-value below 0.05 after Holm's correction; seeds here: "
-        f"{len(plan.seeds)}.",
+        f"Test accuracy after the last of {plan.recipe.train.epochs} epochs: the mean over seeds, the deviation of the "
+        "sample and the 95% interval of the mean (Student's t). Differences are to "
+        f"{plan.reference}, paired by seed. A method is called better or worse only with at least five seeds and a "
+        f"p-value below 0.05 after Holm's correction; seeds here: {len(plan.seeds)}.",
+        "Training FLOPs count every pass of a method, forward and backward, at the weights that it needs, over those "
+        "of a dense training of as many epochs.",
     ]
+    if any(contender.starts for contender in plan.contenders):
+        starts = ", ".join(contender.label for contender in plan.contenders if contender.starts)
+        said.append(
+            f"Begun from a network that was trained densely for as many epochs before: {starts}. Its FLOPs and its "
+            "time are counted with theirs, so at equal epochs these methods train twice as long as the others."
+        )
+    if plan.equal_flops:
+        said.append(
+            f"Equal training FLOPs: methods that cost less than {plan.reference} are trained once more, for as many "
+            "epochs as its FLOPs last. Those that cost as much or more are not in that table."
+        )
     if plan.trials:
         spaces = "; ".join(_space(contender) for contender in plan.contenders)
         said.append(
             f"Settings: the best of {plan.trials} trials for each method and sparsity, by hold-out accuracy after the "
-            "last epoch at a seed of its own. The first trial has the recipe's settings, each of the others draws: "
-            f"{spaces}."
+            f"last epoch at the seed {TUNING_SEED}, which no compared run has. The first trial has the recipe's "
+            f"settings, each of the others draws: {spaces}."
         )
     else:
         said.append("Settings were not tuned: every method has the recipe's.")
@@ -120,20 +134,30 @@ def _describe(plan: Plan, *, recipe_name: str, command: str) -> dict[str, object
 
 def _begin(path: Path, described: dict[str, object]) -> None:
     """Write the plan down, or refuse to go on with another one."""
+    out, temporary = path.parent, path.with_suffix(".tmp")
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
+        if out.exists() and (not out.is_dir() or any(entry != temporary for entry in out.iterdir())):
+            raise UsageError(f"{out} holds other files; give a new or an empty folder (--out)")
+        out.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(path)
         return
-    there = json.loads(path.read_text(encoding="utf-8")).get("plan", {})
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not what a comparison wrote; choose another folder (--out)") from error
     here = described["plan"]
     assert isinstance(here, dict)
     for name in sorted({*there, *here}):
         if there.get(name) != here.get(name):
             raise UsageError(
-                f"{path.parent} holds another comparison: its {name} differs; choose another folder (--out), or give "
-                "the command of that one to go on with it"
+                f"{out} holds another comparison: its {name} {_are(name)}; choose another folder (--out), or give the "
+                "command of that one to go on with it"
             )
+
+
+def _are(name: str) -> str:
+    return "differ" if name.endswith("s") else "differs"
 
 
 def _about(described: dict[str, object]) -> dict[str, str]:

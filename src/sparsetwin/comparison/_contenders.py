@@ -11,6 +11,8 @@ from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.methods import METHODS
 from sparsetwin.recipes import Recipe
 
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
+
 PRETRAINED = "pretrained"
 """Name of the dense runs that contenders begin from which need a trained network."""
 
@@ -68,6 +70,7 @@ _SPECIAL = {
         Contender(label="gmp-pretrained", changes={"method.name": "gmp", "schedule.start": 0.0}, starts=PRETRAINED),
         Contender(label="woodfisher", changes={"method.name": "woodfisher"}, starts=PRETRAINED),
         Contender(label="cram", changes={"method.name": "cram", "train.recalibrate_batches": 20}),
+        Contender(label="str", changes={"method.name": "str", "method.options.exact_final": True}),
     )
 }
 
@@ -90,6 +93,11 @@ def find_contender(text: str) -> Contender:
         ConfigError: If the label is unknown, or a change is none.
     """
     label, _, rest = text.partition("=")
+    if not _LABEL.fullmatch(label) or label == PRETRAINED:
+        raise ConfigError(
+            f"a label is the name of a folder, of letters, digits and .+_- beginning with a letter or digit, and not "
+            f"{PRETRAINED!r}; got {label!r}"
+        )
     base, *changes = re.split(r",(?![^(\[{]*[)\]}])", rest) if rest else [label]  # commas outside brackets
     if base not in known_labels():
         raise ConfigError(
@@ -120,7 +128,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         changes: Field -> value; dots lead into nested settings and into dicts such as ``method.options``.
 
     Raises:
-        ConfigError: If there is no such field.
+        ConfigError: If there is no such field, or it cannot have the value.
     """
     for path, value in changes.items():
         recipe = _replaced(recipe, path.split("."), value, path)
@@ -135,4 +143,7 @@ def _replaced(settings: Any, path: list[str], value: Any, whole: str) -> Any:
     if name not in fields:
         raise ConfigError(f"a recipe has no field {whole!r}{nearest(name, fields)}")
     new = _replaced(getattr(settings, name), rest, value, whole) if rest else value
-    return dataclasses.replace(settings, **{name: new})
+    try:
+        return dataclasses.replace(settings, **{name: new})
+    except TypeError as error:  # such as of a word where a number is compared
+        raise ConfigError(f"{whole} cannot be {value!r}: {error}") from error

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
+from sparsetwin.comparison._longer import lengthened
 from sparsetwin.comparison._small import small_width
 from sparsetwin.comparison._spaces import trial_changes
-from sparsetwin.errors import ConfigError
-from sparsetwin.recipes import Recipe
+from sparsetwin.errors import ConfigError, SparsetwinError
+from sparsetwin.recipes import MethodSettings, Recipe, check_recipe, recipe_from_plain
 
 TUNING_SEED = 1000
 """Seed of all trials; the compared runs have seeds of their own."""
@@ -28,7 +29,7 @@ class Plan:
     seeds: tuple[int, ...]
     trials: int = 0  # runs in which each contender's settings are chosen on the hold-out; 0 takes them as they are
     equal_flops: bool = False  # whether contenders that cost less than the reference are run longer as well
-    reference: str = "acdc"  # label of the contender that the others are compared with
+    reference: str  # label of the contender that the others are compared with
 
     def __post_init__(self) -> None:
         labels = [contender.label for contender in self.contenders]
@@ -38,8 +39,42 @@ class Plan:
             raise ConfigError("a comparison needs at least one sparsity and one seed, and not less than 0 trials")
         if any(not 0 < sparsity < 1 for sparsity in self.sparsities):
             raise ConfigError(f"sparsities are fractions between 0 and 1, got {self.sparsities}")
-        if self.equal_flops and self.reference not in labels:
-            raise ConfigError(f"equal FLOPs are those of {self.reference}, which is not among: {', '.join(labels)}")
+        for name, values in (("sparsities", self.sparsities), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"the {name} of a comparison differ from each other, got {values}")
+        if self.reference not in labels:
+            raise ConfigError(f"the others are compared with {self.reference}, which is not among: {', '.join(labels)}")
+        self._check_tuning()
+
+    def reference_at(self, sparsity: float | None) -> float | None:
+        """Return the sparsity at which the reference stands beside a contender: None where it is dense."""
+        return None if any(c.is_dense and c.label == self.reference for c in self.contenders) else sparsity
+
+    def _check_tuning(self) -> None:
+        if not self.trials:
+            return
+        if not getattr(self.recipe.dataset, "holdout", True):
+            raise ConfigError("settings are chosen on a hold-out, but the recipe has none: --dataset.holdout 0.1")
+        if self.recipe.schedule.unit == "steps":
+            raise ConfigError(
+                "what is tuned are fractions of a run, which a schedule in steps does not tell; use epochs"
+            )
+        if TUNING_SEED in self.seeds:
+            raise ConfigError(f"the seed {TUNING_SEED} is that of the trials; compare with others")
+
+    def check(self) -> None:
+        """Refuse, before anything is trained, a contender that the recipe cannot train.
+
+        Raises:
+            ConfigError: Naming the contender.
+        """
+        for contender in self.contenders:
+            for sparsity in (None,) if contender.is_dense else self.sparsities:
+                try:
+                    check_recipe(recipe_from_plain(contender_recipe(self, contender, sparsity).plain()))
+                except SparsetwinError as error:
+                    at = "" if sparsity is None else f" at sparsity {sparsity:g}"
+                    raise ConfigError(f"{contender.label}{at}: {error}") from error
 
     def plain(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, by which a resumed comparison is known to be the same."""
@@ -77,8 +112,9 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
         plan: What is compared.
         outcomes: Of the runs that have finished, or failed, by folder.
     """
-    for seed in plan.seeds if any(contender.starts for contender in plan.contenders) else ():
-        yield _pretraining(plan, seed)
+    if any(contender.starts for contender in plan.contenders):
+        for seed in (*([TUNING_SEED] if plan.trials else []), *plan.seeds):
+            yield _pretraining(plan, seed)
     for contender in plan.contenders:
         for sparsity in (None,) if contender.is_dense else plan.sparsities:
             base = contender_recipe(plan, contender, sparsity)
@@ -91,28 +127,27 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
 
 def contender_recipe(plan: Plan, contender: Contender, sparsity: float | None) -> Recipe:
     """Return the recipe of a contender at a sparsity, with untuned settings."""
-    recipe = changed(plan.recipe, {"train.dense_finetune": False, **contender.changes})
+    recipe = changed(plan.recipe, {"train.dense_finetune": False})
+    if contender.method == "dense":
+        recipe = changed(recipe, {"method": MethodSettings(name="dense")})  # without what is said of other methods
+    recipe = changed(recipe, contender.changes)
     if sparsity is None:
         return recipe
     if contender.shrinks is not None:
-        width = small_width(plan.recipe, sparsity=sparsity, measure=contender.shrinks)
+        width = small_width(recipe, sparsity=sparsity, measure=contender.shrinks)
         return changed(recipe, {"model.options.width": width})
     return changed(recipe, {"schedule.sparsity": sparsity})
 
 
 def _pretraining(plan: Plan, seed: int) -> Task:
-    recipe = changed(plan.recipe, {"train.dense_finetune": False, "method.name": "dense", "seed": seed})
+    dense = contender_recipe(plan, Contender(label=PRETRAINED, changes={"method.name": "dense"}), None)
     return Task(
         folder=_pretrained_folder(seed),
-        recipe=_dense_defaults(recipe),
+        recipe=changed(dense, {"seed": seed}),
         label=PRETRAINED,
         sparsity=None,
         table=PRETRAINED,
     )
-
-
-def _dense_defaults(recipe: Recipe) -> Recipe:
-    return changed(recipe, {"method": type(recipe.method)(name="dense")})
 
 
 def _tuned(
@@ -121,19 +156,19 @@ def _tuned(
     """Yield the trials; return the best one's changes, or None as long as some are not finished."""
     best: tuple[float, dict[str, Any]] = (-math.inf, {})
     waits = False
-    if plan.trials and contender.starts and _pretrained_folder(plan.seeds[0]) not in outcomes:
+    pretrained = _pretrained_folder(TUNING_SEED) if contender.starts else None
+    if plan.trials and pretrained is not None and not _is_there(pretrained, outcomes):
         return None
     for trial in range(plan.trials):
         changes = trial_changes(contender, base, trial=trial, seed=TUNING_SEED)
         folder = Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}"
-        seed = plan.seeds[0] if contender.starts else TUNING_SEED
         yield Task(
             folder=folder,
-            recipe=changed(base, {**changes, "seed": seed}),
+            recipe=changed(base, {**changes, "seed": TUNING_SEED}),
             label=contender.label,
             sparsity=sparsity,
             table="trials",
-            pretrained=_pretrained_folder(seed) if contender.starts else None,
+            pretrained=pretrained,
         )
         if folder not in outcomes:
             waits = True
@@ -147,17 +182,18 @@ def _runs(
 ) -> Iterator[Task]:
     """Yield a run, and once it and the reference have finished, its longer twin of equal FLOPs."""
     pretrained = _pretrained_folder(recipe.seed) if contender.starts else None
-    if pretrained is not None and pretrained not in outcomes:
+    if pretrained is not None and not _is_there(pretrained, outcomes):
         return
     folder = _folder("runs", contender.label, sparsity, recipe.seed)
     yield Task(
         folder=folder, recipe=recipe, label=contender.label, sparsity=sparsity, table="epochs", pretrained=pretrained
     )
-    reference = outcomes.get(_folder("runs", plan.reference, sparsity, recipe.seed))
+    reference = outcomes.get(_folder("runs", plan.reference, plan.reference_at(sparsity), recipe.seed))
     own = outcomes.get(folder)
     if not plan.equal_flops or sparsity is None or reference is None or own is None or not own.training_flops:
         return
-    epochs = round(recipe.train.epochs * reference.training_flops / own.training_flops)
+    before = outcomes[pretrained].training_flops if pretrained is not None else 0
+    epochs = round(recipe.train.epochs * (reference.training_flops - before) / own.training_flops)
     if contender.label != plan.reference and epochs > recipe.train.epochs:
         longer = lengthened(recipe, epochs)
         folder = _folder("equal-flops", contender.label, sparsity, recipe.seed)
@@ -166,17 +202,9 @@ def _runs(
         )
 
 
-def lengthened(recipe: Recipe, epochs: int) -> Recipe:
-    """Return a recipe that trains longer, with every length in epochs longer in proportion."""
-    factor = epochs / recipe.train.epochs
-    changes: dict[str, Any] = {"train.epochs": epochs}
-    if recipe.schedule.unit == "epochs":
-        for name in ("start", "stop", "every"):
-            given = getattr(recipe.schedule, name)
-            changes[f"schedule.{name}"] = None if given is None else given * factor
-    rate = recipe.learning_rate
-    changes["learning_rate.milestones"] = tuple(milestone * factor for milestone in rate.milestones)
-    return changed(recipe, changes)
+def _is_there(pretrained: Path, outcomes: Mapping[Path, Outcome]) -> bool:
+    """Return whether a dense run has finished, and not failed."""
+    return pretrained in outcomes and outcomes[pretrained].training_flops > 0
 
 
 def _pretrained_folder(seed: int) -> Path:

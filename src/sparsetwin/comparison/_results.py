@@ -39,23 +39,29 @@ def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list
         table: "epochs", or "flops", which has the reference's own runs beside the longer ones.
     """
     dense_forward, epochs = _dense_forward(plan), plan.recipe.train.epochs
-    results: dict[_Key, list[Result]] = {}
-    failed: dict[_Key, int] = {}
     shown = [task for task in known if task.table == table]
     if shown and table == "flops":
         shown = [task for task in known if task.table == "epochs" and task.label == plan.reference] + shown
+    results: dict[_Key, list[Result]] = {}
+    failed: dict[_Key, int] = {}
     for task in shown:
         key = (task.label, task.sparsity)
         found = _result(out, task, dense_forward=dense_forward, epochs=epochs)
-        if found is not None:
-            results.setdefault(key, []).append(found)
-        elif outcome(out / task.folder) is not None:
-            failed[key] = failed.get(key, 0) + 1
-    keys = [key for key in {**results, **failed} if key in results or key in failed]
+        results.setdefault(key, []).extend([] if found is None else [found])
+        failed[key] = failed.get(key, 0) + (found is None)
+    if table == "epochs":  # of a contender whose dense run failed there is no task at all
+        failed = {key: len(plan.seeds) - len(results.get(key, [])) for key in _keys(plan)}
     order = {contender.label: index for index, contender in enumerate(plan.contenders)}
-    keys.sort(key=lambda key: (-1.0 if key[1] is None else key[1], order.get(key[0], len(order))))
-    rows = [_row(key, results.get(key, []), failed.get(key, 0), results, plan) for key in keys]
-    return _corrected(rows)
+    keys = sorted(failed, key=lambda key: (-1.0 if key[1] is None else key[1], order[key[0]]))
+    return _corrected([_row(key, results.get(key, []), failed[key], results, plan) for key in keys])
+
+
+def _keys(plan: Plan) -> list[_Key]:
+    return [
+        (contender.label, sparsity)
+        for contender in plan.contenders
+        for sparsity in ((None,) if contender.is_dense else plan.sparsities)
+    ]
 
 
 def _dense_forward(plan: Plan) -> int | None:
@@ -77,17 +83,19 @@ def _result(out: Path, task: Task, *, dense_forward: int | None, epochs: int) ->
     own_forward = run.final.dense_forward_flops
     forward = dense_forward or own_forward  # of the plan's network, where this run has a narrower one
     dense_flops = run.final.dense_training_flops * (forward / own_forward) * (epochs / run.start.epochs)
-    spent = run.final.training_flops
+    spent, seconds = run.final.training_flops, sum(epoch.seconds for epoch in run.times)
     if task.pretrained is not None:
-        before = outcome(out / task.pretrained)
-        spent += before.training_flops if before else 0
+        before = read_run(out / task.pretrained)
+        assert before.final is not None
+        spent += before.final.training_flops
+        seconds += sum(epoch.seconds for epoch in before.times)
     return Result(
         seed=run.seed,
         accuracy=member.test.accuracy,
         sparsity=member.sparsity,
         training_share=spent / dense_flops,
         inference_share=member.forward_flops / forward,
-        seconds=sum(epoch.seconds for epoch in run.times),
+        seconds=seconds,
     )
 
 
@@ -96,12 +104,13 @@ def _row(key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, li
     nan = math.nan
     if not found:
         return MethodRow(
-            label=label, sparsity=sparsity, achieved_sparsity=nan, seeds=0, accuracy=nan, deviation=nan, half_width=nan,
-            difference=nan, difference_half_width=nan, p_value=nan, training_share=nan, inference_share=nan,
-            seconds=nan, failed=failed,
+            label=label, sparsity=sparsity, achieved_sparsity=nan, seeds=0, pairs=0, accuracy=nan, deviation=nan,
+            half_width=nan, difference=nan, difference_half_width=nan, p_value=nan, training_share=nan,
+            inference_share=nan, seconds=nan, failed=failed,
         )  # fmt: skip
     accuracy = summary([result.accuracy for result in found])
-    reference = {result.seed: result.accuracy for result in results.get((plan.reference, sparsity), [])}
+    beside = results.get((plan.reference, plan.reference_at(sparsity)), [])
+    reference = {result.seed: result.accuracy for result in beside}
     pairs = [(result.accuracy, reference[result.seed]) for result in found if result.seed in reference]
     compared = paired_difference(*zip(*pairs, strict=True)) if pairs and label != plan.reference else None
     return MethodRow(
@@ -109,6 +118,7 @@ def _row(key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, li
         sparsity=sparsity,
         achieved_sparsity=summary([result.sparsity for result in found]).mean,
         seeds=len(found),
+        pairs=compared.count if compared else 0,
         accuracy=accuracy.mean,
         deviation=accuracy.deviation,
         half_width=accuracy.half_width,

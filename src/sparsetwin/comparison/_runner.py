@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-import runpy
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,16 +16,19 @@ import torch
 
 from sparsetwin.comparison._contenders import changed
 from sparsetwin.comparison._plan import Outcome, Plan, Task, tasks
-from sparsetwin.errors import TrainingError
-from sparsetwin.recipes import describe
-from sparsetwin.report import read_run
+from sparsetwin.errors import ConfigError, SparsetwinError, TrainingError
+from sparsetwin.recipes import build_run, describe, recipe_from_plain
+from sparsetwin.report import read_run, write_report
 from sparsetwin.training import RunFolder, choose_device
 
-_FAILED = "failed.txt"
+FAILED = "failed.txt"
+"""File in the folder of a run whose training came to nothing: why."""
+
+_STOPPED, _ERROR = 130, 1
 _FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 if _FORKS:
-    _CONTEXT.set_forkserver_preload(["sparsetwin.cli.resume", "torch._dynamo"])
+    _CONTEXT.set_forkserver_preload(["sparsetwin.comparison", "torch._dynamo"])
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,11 @@ class Runner:
         out: Folder of the comparison.
         recipe_name: For ``run.json``.
         data: Folder of the data set, if the recipe needs one.
-        jobs: Runs at a time.
+        jobs: Runs at a time, at least 1.
         on_progress: Told whenever a run begins or ends.
+
+    Raises:
+        ConfigError: If ``jobs`` is less than 1.
     """
 
     out: Path
@@ -57,11 +63,17 @@ class Runner:
     on_progress: Callable[[Progress], None] = lambda progress: None
     _running: dict[Path, tuple[BaseProcess, Path]] = field(default_factory=dict)
     _logs: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+    _begun: int = 0
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ConfigError(f"a comparison needs at least one run at a time, got jobs = {self.jobs}")
 
     def run(self, plan: Plan) -> list[Task]:
         """Run everything that is not finished; return all tasks.
 
         Raises:
+            TrainingError: If a run ends for another reason than that training came to nothing.
             KeyboardInterrupt: After every running process has saved where it is.
         """
         outcomes: dict[Path, Outcome] = {}
@@ -93,31 +105,33 @@ class Runner:
         if not folder.description.exists():
             recipe = task.recipe
             if task.pretrained is not None:
-                recipe = changed(recipe, {"pretrained": str((self.out / task.pretrained).resolve())})
+                recipe = changed(recipe, {"pretrained": str(self.out / task.pretrained)})
             device = choose_device(recipe.device)
             described = describe(
                 recipe, name=self.recipe_name, data=self.data, command="sparsetwin compare", device=device
             )
             folder.create({**described, "threads": recipe.threads or torch.get_num_threads()})
-        log = Path(self._logs.name) / f"{len(list(Path(self._logs.name).iterdir()))}.txt"
+        log = Path(self._logs.name) / f"{self._begun}.txt"
         log.touch()
-        process = _CONTEXT.Process(target=resume_quietly, args=(folder.path, log), daemon=False)
+        self._begun += 1
+        process = _CONTEXT.Process(target=train_quietly, args=(folder.path, log), daemon=False)
         process.start()
         self._running[task.folder] = (process, log)
 
     def _wait_for_one(self) -> None:
-        """Wait until a process ends, and write down a failure, so that it is not tried again."""
+        """Wait until a process ends; one that was not brought to an end by its training stops the comparison."""
         connection.wait([process.sentinel for process, _ in self._running.values()])
         for folder, (process, log) in list(self._running.items()):
             if process.is_alive():
                 continue
             process.join()
             del self._running[folder]
-            said = log.read_text(encoding="utf-8", errors="replace").strip()
-            if process.exitcode == 1 and _is_training_failure(said):
-                (self.out / folder / _FAILED).write_text(said[-2000:] + "\n", encoding="utf-8")
-            elif process.exitcode:
-                raise TrainingError(f"the run {self.out / folder} stopped with code {process.exitcode}: {said[-2000:]}")
+            if process.exitcode:
+                said = log.read_text(encoding="utf-8", errors="replace").strip()
+                raise TrainingError(
+                    f"the run in {self.out / folder} stopped with code {process.exitcode}: "
+                    f"{said[-2000:] or 'no message'}. All others are saved; the same command goes on with them"
+                )
 
     def _stop(self) -> None:
         for process, _ in self._running.values():
@@ -127,23 +141,53 @@ class Runner:
         self._running.clear()
 
     def _tell(self, known: list[Task], outcomes: Mapping[Path, Outcome]) -> None:
-        failed = sum((self.out / folder / _FAILED).exists() for folder in outcomes)
+        failed = sum((self.out / folder / FAILED).exists() for folder in outcomes)
         self.on_progress(Progress(len(outcomes), failed, len(known), tuple(map(str, self._running))))
 
 
-def resume_quietly(folder: Path, log: Path) -> None:
-    """Go on with a run in this process, which is there for it alone, and end with the exit code of the command."""
+def train_quietly(path: Path, log: Path) -> None:
+    """Go on with a run, from wherever it is, in a process that is there for it alone.
+
+    The process ends with code 0 once the run has ended or has come to nothing, which is written down beside it then.
+
+    Args:
+        path: The run folder.
+        log: What is said goes there.
+    """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # an interrupt from the terminal is for the comparison, which then asks every run to stop
-    with log.open("w", encoding="utf-8", buffering=1) as said, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        sys.stdout, sys.stderr = nowhere, said
-        sys.argv = ["sparsetwin", "resume", str(folder), "--quiet"]
-        runpy.run_module("sparsetwin", run_name="__main__")  # the command, as in a shell
+    with log.open("w", encoding="utf-8", buffering=1) as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+        sys.stdout = sys.stderr = said
+        try:
+            finished = _train(RunFolder(path))
+        except TrainingError as error:
+            (path / FAILED).write_text(f"{error}\n", encoding="utf-8")
+            return
+        except SparsetwinError as error:
+            print(error)
+            sys.exit(_ERROR)
+    if not finished:
+        sys.exit(_STOPPED)
+
+
+def _train(folder: RunFolder) -> bool:
+    described = folder.read()
+    torch.set_num_threads(described["threads"])
+    data = described["data"]
+    run = build_run(recipe_from_plain(described["config"]), folder, data=None if data is None else Path(data))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: run.request_stop())
+    finished = run.execute()
+    if finished:
+        write_report([folder.path], folder.report)
+    return finished
 
 
 def outcome(folder: Path) -> Outcome | None:
     """Return what a run has come to; None if it has not ended."""
-    if (folder / _FAILED).exists():
+    if (folder / FAILED).exists():
         return Outcome(holdout=float("nan"), training_flops=0)
     if not (folder / "run.json").exists() or not RunFolder(folder).is_finished:
         return None
@@ -152,8 +196,3 @@ def outcome(folder: Path) -> Outcome | None:
     member = final.members.get("sparse") or final.members["dense"]
     held = member.holdout.accuracy if member.holdout else float("nan")
     return Outcome(holdout=held, training_flops=final.training_flops)
-
-
-def _is_training_failure(said: str) -> bool:
-    """Whether a run ended because training came to nothing, which it would do again."""
-    return "not finite" in said or "the loss is" in said or "overflowed" in said

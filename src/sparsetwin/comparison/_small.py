@@ -1,13 +1,16 @@
 """A narrower dense network that costs what a sparse one costs: the baseline that sparsity has to beat."""
 
+import inspect
+import json
 import math
 from bisect import bisect_left
-from functools import cache
+from functools import cache, lru_cache
 
 from sparsetwin.comparison._contenders import changed
 from sparsetwin.errors import ConfigError
 from sparsetwin.metrics import count_forward_flops
-from sparsetwin.recipes import Recipe, example_input, meta_model, options_of
+from sparsetwin.models import MODELS
+from sparsetwin.recipes import Recipe, example_input, meta_model, recipe_from_plain
 
 _STEPS = 200  # widths that there are
 
@@ -25,10 +28,19 @@ def small_width(recipe: Recipe, *, sparsity: float, measure: str) -> float:
     Raises:
         ConfigError: If the network has no such option.
     """
-    if "width" not in options_of(recipe.model):
-        raise ConfigError(f"{recipe.model.name} has no option width that makes it narrower")
+    return _small_width(json.dumps(recipe.plain()), sparsity, measure)
+
+
+@lru_cache(maxsize=256)
+def _small_width(plain: str, sparsity: float, measure: str) -> float:
+    recipe = recipe_from_plain(json.loads(plain))
+    width = (
+        inspect.signature(MODELS[recipe.model.name]).parameters.get("width") if recipe.model.name in MODELS else None
+    )
+    if width is None or not isinstance(width.default, float):
+        raise ConfigError(f"{recipe.model.name} has no option width that is a factor on its channels")
     goal = _cost(recipe, sparsity, measure)
-    base = float(recipe.model.options.get("width", 1.0))
+    base = float(recipe.model.options.get("width", width.default))
 
     @cache
     def cost(step: int) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsetwin.comparison._contenders import Contender
-from sparsetwin.recipes import Recipe
+from sparsetwin.comparison._contenders import Contender, changed
+from sparsetwin.errors import SparsetwinError
+from sparsetwin.recipes import Recipe, check_recipe
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,21 @@ COMMON = (
 """Knobs of every contender."""
 
 KNOBS: Mapping[str, tuple[Knob, ...]] = {
-    "gmp": (Knob("schedule.start", (0.0, 0.1, 0.3), "run"), Knob("schedule.stop", (0.5, 0.7, 0.8), "run")),
-    "oneshot": (Knob("schedule.start", (0.25, 0.5, 0.7), "run"),),
-    "imp": (Knob("schedule.start", (0.01, 0.03, 0.05), "run"),),
-    "woodfisher": (Knob("method.options.samples", (64, 160)), Knob("schedule.stop", (0.4, 0.6), "run")),
-    "set": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
-    "rigl": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
-    "granet": (Knob("schedule.stop", (0.5, 0.7), "run"), Knob("schedule.initial_sparsity", (0.0, 0.5))),
-    "topkast": (Knob("method.options.backward_sparsity", ("0.5", "0.8")),),
-    "str": (),
-    "st3": (Knob("schedule.stop", (0.5, 0.75, 0.9), "run"),),
-    "cram": (Knob("method.options.radius", (0.05, 0.1, 0.3)),),
     "acdc": (Knob("method.reset", ("all", "none")),),
+    "cram": (Knob("method.options.rho", (0.01, 0.05, 0.1)), Knob("method.options.sparse_gradients", (True, False))),
+    "dense": (),
+    "gmp": (Knob("schedule.start", (0.0, 0.1, 0.3), "run"), Knob("schedule.stop", (0.5, 0.7, 0.8), "run")),
+    "granet": (Knob("schedule.stop", (0.5, 0.7), "run"), Knob("schedule.initial_sparsity", (0.0, 0.5))),
+    "imp": (Knob("schedule.start", (0.01, 0.03, 0.05), "run"), Knob("schedule.rounds", (2, 3, 5))),
+    "oneshot": (Knob("schedule.start", (0.25, 0.5, 0.7), "run"),),
+    "rigl": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
+    "set": (Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)), Knob("schedule.every", (0.005, 0.01, 0.03), "run")),
+    "snip": (Knob("method.options.samples", (0, 10)),),
+    "st3": (Knob("schedule.stop", (0.5, 0.75, 0.9), "run"),),
+    "static": (Knob("method.distribution", ("erk", "uniform")),),
+    "str": (Knob("method.options.initial", (-8.0, -5.0, -3.0)),),
+    "topkast": (Knob("method.options.backward_sparsity", (0.0, 0.5, 0.8)),),
+    "woodfisher": (Knob("method.options.samples", (64, 160)), Knob("schedule.stop", (0.4, 0.6), "run")),
 }
 """Knobs of single methods, by name."""
 
@@ -57,7 +61,7 @@ def knobs_of(contender: Contender) -> tuple[Knob, ...]:
 
 
 def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int) -> dict[str, Any]:
-    """Return the changes of one trial; trial 0 has none.
+    """Return the changes of one trial; trial 0 has none. Values that do not fit the sparsity are not drawn.
 
     Args:
         contender: Whose trial it is.
@@ -71,9 +75,20 @@ def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int
     generator = np.random.default_rng(entropy)
     changes: dict[str, Any] = {}
     for knob in knobs_of(contender):
-        value = knob.values[int(generator.integers(len(knob.values)))]
-        changes[knob.path] = _in_unit(knob, value, recipe)
+        values = [value for value in (_in_unit(knob, value, recipe) for value in knob.values)
+                  if _fits(changed(recipe, {knob.path: value}))]  # fmt: skip
+        if values:  # of a knob whose values all need another sparsity the recipe's own stays
+            changes[knob.path] = values[int(generator.integers(len(values)))]
     return changes
+
+
+def _fits(recipe: Recipe) -> bool:
+    """Return whether the method can have such settings, which may depend on the sparsity."""
+    try:
+        check_recipe(recipe)
+    except SparsetwinError:
+        return False
+    return True
 
 
 def _in_unit(knob: Knob, value: Any, recipe: Recipe) -> Any:

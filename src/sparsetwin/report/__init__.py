@@ -1,5 +1,6 @@
 """What a run folder tells: typed reading, the closing table and one self-contained HTML page."""
 
+from sparsetwin.report._inference import BENCH_FILE
 from sparsetwin.report._run_folder import (
     Epoch,
     EpochTime,
@@ -19,11 +20,13 @@ from sparsetwin.report.method_table import (
     method_cells,
     method_csv,
     method_markdown,
+    verdict_of,
     write_method_page,
 )
 from sparsetwin.report.tables import HEADINGS, MemberRow, cells, markdown, member_rows, verdict
 
 __all__ = [
+    "BENCH_FILE",
     "HEADINGS",
     "METHOD_HEADINGS",
     "Epoch",
@@ -45,6 +48,7 @@ __all__ = [
     "method_markdown",
     "read_run",
     "verdict",
+    "verdict_of",
     "write_method_page",
     "write_report",
 ]

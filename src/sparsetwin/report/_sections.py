@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from sparsetwin.report import _figures
 from sparsetwin.report._format import count, flops, loss_text, percent, seconds_text, share, sparsity_text
+from sparsetwin.report._inference import inference
 from sparsetwin.report._markup import Markup, code, details, facts, figure, paragraph, section, side_by_side, table
 from sparsetwin.report._run_folder import MAIN_STAGE, PhaseEnd, Quality, Run
 from sparsetwin.report.tables import HEADINGS, cells, member_rows
@@ -22,6 +23,7 @@ def sections(run: Run, *, key: str, rank: int) -> tuple[Markup, ...]:
     return (
         _notes(run),
         _pair(run, rank),
+        inference(run, rank),
         _curves(run, key, rank),
         _layers(run, key, rank),
         _masks(run, key, rank),

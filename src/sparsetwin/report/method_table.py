@@ -37,7 +37,8 @@ class MethodRow:
     label: str
     sparsity: float | None  # asked for; None of a dense network
     achieved_sparsity: float  # mean over seeds
-    seeds: int
+    seeds: int  # that came to an end
+    pairs: int  # of them, those on which the reference came to an end, too; 0 of the reference itself
     accuracy: float  # mean
     deviation: float  # of the sample; NaN of one seed
     half_width: float  # of the 95% interval of the mean; NaN of one seed
@@ -64,7 +65,7 @@ def verdict_of(row: MethodRow) -> str:
     """Return whether a difference to the reference is shown: with at least five seeds and a corrected p below 0.05."""
     if math.isnan(row.difference):
         return "–"
-    if row.seeds < _ENOUGH_SEEDS or not row.p_value < _SIGNIFICANT:
+    if row.pairs < _ENOUGH_SEEDS or not row.p_value < _SIGNIFICANT:
         return "no difference shown"
     return "better" if row.difference > 0 else "worse"
 
@@ -73,7 +74,10 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
     """Return a row as text, one for each of `METHOD_HEADINGS`."""
 
     def points(value: float, sign: str = "") -> str:
-        return "–" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+        return shown(value, lambda number: f"{100 * number:{sign}.2f}")
+
+    def shown(value: float, text_of: Callable[[float], str]) -> str:
+        return "–" if math.isnan(value) else text_of(value)
 
     interval = "–" if math.isnan(row.half_width) else f"± {points(row.half_width)}"
     difference = points(row.difference, "+")
@@ -83,16 +87,16 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
     return (
         row.label,
         "dense" if row.sparsity is None else sparsity_text(row.sparsity),
-        sparsity_text(row.achieved_sparsity),
+        shown(row.achieved_sparsity, sparsity_text),
         seeds,
-        percent(row.accuracy),
+        shown(row.accuracy, percent),
         points(row.deviation),
         interval,
         difference,
         verdict_of(row),
-        share(row.training_share),
-        share(row.inference_share),
-        seconds_text(row.seconds),
+        shown(row.training_share, share),
+        shown(row.inference_share, share),
+        shown(row.seconds, seconds_text),
     )
 
 

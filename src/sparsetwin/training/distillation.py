@@ -112,8 +112,8 @@ def make_teacher(
         return Teacher(teacher, settings, is_own=False)
     if all(phase.is_sparse for phase in sparsifier.method.schedule.phases):
         raise ConfigError(
-            f"--train.teacher {OWN} needs a dense phase before a sparse one, and {type(sparsifier.method).__name__} has "
-            "none here; give a run folder"
+            f"--train.teacher {OWN} needs a dense phase before a sparse one, and this schedule of "
+            f"{type(sparsifier.method).__name__} has none; give a run folder"
         )
     own = Teacher(copy.deepcopy(student()), settings, is_own=True)
 

@@ -35,6 +35,21 @@ class Score:
         return self.loss if math.isfinite(self.loss) else math.inf
 
 
+@dataclass
+class Sums:
+    """What the training steps of an epoch added up to."""
+
+    loss: float = 0.0  # of means over batches
+    correct: int = 0
+    labels: int = 0
+    steps: int = 0
+    samples: int = 0
+
+    def score(self) -> Score:
+        """Return mean loss and accuracy."""
+        return Score(self.loss / max(self.steps, 1), self.correct / max(self.labels, 1))
+
+
 def loss_and_correct(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy and the number of right predictions, both as scalars on the device.
 

@@ -17,7 +17,7 @@ from sparsetwin.masking import Masks, count_kept
 from sparsetwin.metrics import FlopsLedger, ForwardFlops, mask_change, nonzero_counts, sparsity_table
 from sparsetwin.schedules import Phase
 from sparsetwin.training.costs import Density, density_of, step_flops, updated_counts
-from sparsetwin.training.evaluate import Score, evaluate
+from sparsetwin.training.evaluate import Score, Sums, evaluate
 from sparsetwin.training.journal import Journal, Progress
 from sparsetwin.training.session import Session
 from sparsetwin.training.sharding import cut
@@ -42,21 +42,6 @@ class Batches(Protocol):
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch from ``start`` on, the same ones every time."""
-
-
-@dataclass
-class Sums:
-    """What the training steps of an epoch added up to."""
-
-    loss: float = 0.0  # of means over batches
-    correct: int = 0
-    labels: int = 0
-    steps: int = 0
-    samples: int = 0
-
-    def score(self) -> Score:
-        """Return mean loss and accuracy."""
-        return Score(self.loss / max(self.steps, 1), self.correct / max(self.labels, 1))
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,82 @@
+"""The table of a comparison: what a row says, and what it does not."""
+
+import csv
+import io
+import math
+from dataclasses import replace
+
+import pytest
+
+from sparsetwin.report import (
+    METHOD_HEADINGS,
+    MethodRow,
+    method_cells,
+    method_csv,
+    method_markdown,
+    verdict_of,
+    write_method_page,
+)
+
+ROW = MethodRow(
+    label="gmp", sparsity=0.9, achieved_sparsity=0.9, seeds=5, pairs=5, accuracy=0.7512, deviation=0.0034,
+    half_width=0.0042, difference=-0.0123, difference_half_width=0.0051, p_value=0.01, training_share=0.56,
+    inference_share=0.12, seconds=61.0, failed=0,
+)  # fmt: skip
+NAN = math.nan
+NOTHING = replace(
+    ROW, label="wild", achieved_sparsity=NAN, seeds=0, pairs=0, accuracy=NAN, deviation=NAN, half_width=NAN,
+    difference=NAN, difference_half_width=NAN, p_value=NAN, training_share=NAN, inference_share=NAN, seconds=NAN,
+    failed=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "worse"),
+        ({"difference": 0.01}, "better"),
+        ({"p_value": 0.05}, "no difference shown"),
+        ({"seeds": 4, "pairs": 4}, "no difference shown"),
+        ({"pairs": 4}, "no difference shown"),  # five of its own seeds, but the reference failed in one
+        ({"p_value": NAN}, "no difference shown"),
+        ({"difference": NAN}, "–"),
+    ],
+)
+def test_a_verdict_takes_five_pairs_and_a_small_p_value(changes, verdict):
+    assert verdict_of(replace(ROW, **changes)) == verdict
+
+
+def test_cells_are_what_a_reader_needs():
+    assert dict(zip(METHOD_HEADINGS, method_cells(ROW), strict=True)) == {
+        "method": "gmp", "sparsity": "90%", "achieved": "90%", "seeds": "5", "test accuracy": "75.12%", "std": "0.34",
+        "95% interval": "± 0.42", "to reference": "-1.23 ± 0.51", "verdict": "worse", "training FLOPs": "56%",
+        "inference FLOPs": "12%", "time": "1 min 1 s",
+    }  # fmt: skip
+
+
+def test_a_method_that_failed_on_every_seed_has_dashes_and_says_so():
+    cells = method_cells(NOTHING)
+    assert cells[3] == "0 (3 failed)"
+    assert set(cells[2:3] + cells[4:]) == {"–"}
+    assert method_cells(replace(ROW, seeds=4, failed=1))[3] == "4 (1 failed)"
+
+
+def test_csv_has_numbers_in_full_and_nothing_where_there_is_none():
+    row, nothing = csv.DictReader(io.StringIO(method_csv([replace(ROW, accuracy=1 / 3), NOTHING])))
+    assert float(row["accuracy"]) == 1 / 3
+    assert (row["verdict"], nothing["accuracy"], nothing["failed"]) == ("worse", "", "3")
+
+
+def test_a_page_of_one_row_of_nothing_can_be_drawn(tmp_path):
+    page = write_method_page(
+        {"Equal epochs": [ROW, NOTHING], "Equal training FLOPs": []}, tmp_path / "page.html", title="a <b>",
+        notes=["said"], about={"command": "sparsetwin compare", "machine": "m"},
+    )  # fmt: skip
+    text = page.read_text()
+    assert "a &lt;b&gt;" in text
+    assert "0 (3 failed)" in text
+    assert "Equal training FLOPs" not in text
+
+
+def test_markdown_escapes_what_would_end_a_cell():
+    assert method_markdown([replace(ROW, label="a|b")]).splitlines()[-1].startswith("| a&#124;b | 90% |")
