@@ -17,7 +17,7 @@ from sparsetwin.comparison import (
     tasks,
 )
 from sparsetwin.comparison._longer import lengthened
-from sparsetwin.comparison._plan import Outcome, contender_recipe
+from sparsetwin.comparison._plan import TUNING_SEED, Outcome, contender_recipe
 from sparsetwin.comparison._small import small_width
 from sparsetwin.comparison._spaces import KNOBS, knobs_of, trial_changes
 from sparsetwin.errors import ConfigError
@@ -191,6 +191,19 @@ class TestTasks:
         first = trial_changes(contender, DIGITS, trial=3, seed=1)
         assert first == trial_changes(contender, DIGITS, trial=3, seed=1)
         assert first != trial_changes(contender, DIGITS, trial=4, seed=1)
+
+    def test_trials_that_look_for_a_sparsity_come_one_after_the_other(self):
+        asked = plan("str-learned", sparsities=(0.9,), seeds=(0,), trials=3, reference="str-learned")
+        outcomes: dict[Path, Outcome] = {}
+        for trial, (sparsity, holdout) in enumerate([(0.6, 0.95), (0.93, 0.7), (0.897, 0.9)]):
+            due = [task for task in tasks(asked, outcomes) if task.folder not in outcomes]
+            assert [str(task.folder) for task in due] == [f"trials/str-learned/0.9/trial-{trial}"]
+            assert due[0].recipe.seed == TUNING_SEED
+            outcomes[due[0].folder] = Outcome(holdout=holdout, training_flops=1, sparsity=sparsity)
+        (run,) = [task for task in tasks(asked, outcomes) if task.table == "epochs"]
+        assert run.recipe.method.options == due[0].recipe.method.options  # the last one came close
+        initial = [task.recipe.method.options["initial"] for task in tasks(asked, outcomes)]
+        assert initial[0] < initial[2] < initial[1]
 
     def test_cheaper_methods_run_again_as_long_as_the_flops_of_the_reference_last(self):
         asked = plan("acdc", "static", sparsities=(0.9,), seeds=(0,), equal_flops=True)

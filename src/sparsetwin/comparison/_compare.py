@@ -111,6 +111,8 @@ def _said(plan: Plan) -> list[str]:
 
 
 def _space(contender: Contender) -> str:
+    if contender.aim is not None:
+        return f"{contender.label}: {contender.aim.path}, as it takes to reach the sparsity"
     knobs = ", ".join(
         f"{knob.path} {'×' if knob.unit == 'own' else ''}{list(knob.values)}" for knob in knobs_of(contender)
     )

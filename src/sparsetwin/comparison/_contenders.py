@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsetwin.comparison._aim import Aim
 from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.methods import METHODS
 from sparsetwin.recipes import Recipe
@@ -25,6 +26,7 @@ class Contender:
     changes: Mapping[str, Any] = field(default_factory=dict)  # field of the recipe, such as optimizer.lr -> value
     shrinks: str | None = None  # "parameters" or "flops": a narrower dense network, equal in these to the sparse one
     starts: str | None = None  # PRETRAINED where training begins from the weights of a dense run
+    aim: Aim | None = None  # what its trials set to reach the sparsity, where that cannot be asked for
 
     @property
     def method(self) -> str:
@@ -71,6 +73,11 @@ _SPECIAL = {
         Contender(label="woodfisher", changes={"method.name": "woodfisher"}, starts=PRETRAINED),
         Contender(label="cram", changes={"method.name": "cram", "train.recalibrate_batches": 20}),
         Contender(label="str", changes={"method.name": "str", "method.options.exact_final": True}),
+        Contender(
+            label="str-learned",
+            changes={"method.name": "str"},
+            aim=Aim(path="method.options.initial", first=-4.0),
+        ),
     )
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetwin.comparison._aim import Tried, best_trial, next_value
 from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
 from sparsetwin.comparison._longer import lengthened
 from sparsetwin.comparison._small import small_width
@@ -103,6 +104,7 @@ class Outcome:
 
     holdout: float  # accuracy after the last epoch; NaN of a run that failed
     training_flops: int
+    sparsity: float = math.nan  # achieved; NaN of a run that failed
 
 
 def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
@@ -154,6 +156,8 @@ def _tuned(
     plan: Plan, contender: Contender, sparsity: float | None, base: Recipe, outcomes: Mapping[Path, Outcome]
 ) -> Generator[Task, None, dict[str, Any] | None]:
     """Yield the trials; return the best one's changes, or None as long as some are not finished."""
+    if contender.aim is not None:
+        return (yield from _aimed(plan, contender, sparsity, base, outcomes))
     best: tuple[float, dict[str, Any]] = (-math.inf, {})
     waits = False
     pretrained = _pretrained_folder(TUNING_SEED) if contender.starts else None
@@ -161,20 +165,46 @@ def _tuned(
         return None
     for trial in range(plan.trials):
         changes = trial_changes(contender, base, trial=trial, seed=TUNING_SEED)
-        folder = Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}"
-        yield Task(
-            folder=folder,
-            recipe=changed(base, {**changes, "seed": TUNING_SEED}),
-            label=contender.label,
-            sparsity=sparsity,
-            table="trials",
-            pretrained=pretrained,
-        )
-        if folder not in outcomes:
+        task = _trial(contender, sparsity, trial, recipe=changed(base, changes), pretrained=pretrained)
+        yield task
+        if task.folder not in outcomes:
             waits = True
-        elif outcomes[folder].holdout > best[0]:
-            best = (outcomes[folder].holdout, changes)
+        elif outcomes[task.folder].holdout > best[0]:
+            best = (outcomes[task.folder].holdout, changes)
     return None if waits else best[1]
+
+
+def _aimed(
+    plan: Plan, contender: Contender, sparsity: float | None, base: Recipe, outcomes: Mapping[Path, Outcome]
+) -> Generator[Task, None, dict[str, Any] | None]:
+    """Yield the trials that look for a sparsity, each of which needs what the ones before came to."""
+    assert contender.aim is not None
+    assert sparsity is not None
+    tried: list[Tried] = []
+    for trial in range(plan.trials):
+        value = next_value(contender.aim, tried, goal=sparsity)
+        task = _trial(contender, sparsity, trial, recipe=changed(base, {contender.aim.path: value}))
+        yield task
+        if task.folder not in outcomes:
+            return None
+        found = outcomes[task.folder]
+        tried.append(Tried(value=value, sparsity=found.sparsity, holdout=found.holdout))
+    if not tried:
+        return {contender.aim.path: contender.aim.first}
+    return {contender.aim.path: tried[best_trial(tried, goal=sparsity)].value}
+
+
+def _trial(
+    contender: Contender, sparsity: float | None, trial: int, *, recipe: Recipe, pretrained: Path | None = None
+) -> Task:
+    return Task(
+        folder=Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}",
+        recipe=changed(recipe, {"seed": TUNING_SEED}),
+        label=contender.label,
+        sparsity=sparsity,
+        table="trials",
+        pretrained=pretrained,
+    )
 
 
 def _runs(

@@ -195,4 +195,4 @@ def outcome(folder: Path) -> Outcome | None:
     assert final is not None
     member = final.members.get("sparse") or final.members["dense"]
     held = member.holdout.accuracy if member.holdout else float("nan")
-    return Outcome(holdout=held, training_flops=final.training_flops)
+    return Outcome(holdout=held, training_flops=final.training_flops, sparsity=member.sparsity)

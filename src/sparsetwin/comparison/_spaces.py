@@ -54,7 +54,9 @@ HAM_KNOBS = (Knob("method.ham", ((50.0, 1e-3), (200.0, 1e-3), (200.0, 1e-4))),)
 
 
 def knobs_of(contender: Contender) -> tuple[Knob, ...]:
-    """Return what is tuned for a contender; what it fixes itself is not."""
+    """Return what is drawn for a contender; what it fixes itself is not, nor one whose trials look for a sparsity."""
+    if contender.aim is not None:
+        return ()
     mirror = HAM_KNOBS if "method.ham" in contender.changes else ()
     own = [knob for knob in KNOBS.get(contender.method, ()) if knob.path not in contender.changes]
     return (*COMMON, *mirror, *own)
