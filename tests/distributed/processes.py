@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +39,6 @@ def _process(rank: int, function: Callable[..., Any], world_size: int, port: int
         raise
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # FSDP2 keeps gloo's threads alive, which may abort in the interpreter's end: pytorch/pytorch#190489
