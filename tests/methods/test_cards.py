@@ -10,7 +10,7 @@ import sparsetwin as st
 from sparsetwin.methods import METHODS
 
 CARDS = Path(__file__).parents[2] / "docs" / "methods"
-CARDED = {**METHODS, "ham": st.HAM}  # the one add-on has a card too
+CARDED = {**METHODS, "ham": st.HAM, "int8": st.Int8}  # the add-ons have cards too
 PAPER_ROW = re.compile(r"^\| `(?P<name>[a-z0-9-]+)`.*\| (?P<prunings>\d+) \|$", re.MULTILINE)
 
 

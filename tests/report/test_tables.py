@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from run_folders import write_run
 
-from sparsetwin.report import HEADINGS, cells, markdown, member_rows, read_run, verdict
+from sparsetwin.report import HEADINGS, AsInt8, cells, lines, markdown, member_rows, read_run, verdict
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,31 @@ def test_a_row_as_text_has_a_cell_for_each_heading(run):
     )  # fmt: skip
 
 
+def with_int8(run):
+    sparse = run.final.members["sparse"]
+    int8 = AsInt8(file_bytes=15_000, test=dataclasses.replace(sparse.test, accuracy=0.9688))
+    return with_final(run, members={**run.final.members, "sparse": dataclasses.replace(sparse, int8=int8)})
+
+
+def test_a_member_that_was_tried_with_int8_values_has_a_second_line(run):
+    rows = member_rows(with_int8(run))
+    assert [(row.int8_accuracy, row.int8_file_bytes) for row in rows] == [(None, None), (0.9688, 15_000), (None, None)]
+    assert rows[1].int8_file_share == 15_000 / rows[0].file_bytes
+    assert [line[0] for line in lines(rows)] == ["dense", "sparse", "sparse, int8 values", "dense-raw"]
+    assert lines(rows)[2] == (
+        "sparse, int8 values", "96.88%", "90%", "6,545 of 65,440", "15 kB (5.66%)", "520 kFLOPs (13%)", "76.5%",
+    )  # fmt: skip
+    assert len(markdown(rows).splitlines()) == 2 + 4
+    assert "needs 13% of the dense inference FLOPs. With int8 values the file is 15 kB at 96.88%. The" in verdict(
+        with_int8(run)
+    )
+
+
 def test_markdown_is_a_table_that_no_name_can_break(run):
     rows = [dataclasses.replace(row, name="a|b") for row in member_rows(run)]
-    lines = markdown(rows).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert {line.count("|") for line in lines} == {len(HEADINGS) + 1}
+    drawn = markdown(rows).splitlines()
+    assert len(drawn) == 2 + len(rows)
+    assert {line.count("|") for line in drawn} == {len(HEADINGS) + 1}
 
 
 def test_the_verdict_tells_accuracies_file_inference_and_training(run):

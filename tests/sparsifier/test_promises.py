@@ -110,6 +110,16 @@ ROWS = {
         kept=in_each_layer,
     ),
     "dense": Row("dense", lambda: st.Dense(schedule=DENSE)),
+    "acdc-int8": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, quantization=st.Int8())),
+    "gmp-int8": Row("gmp", lambda: st.GMP(schedule=GRADUAL, ham=st.HAM(), quantization=st.Int8(start_step=4))),
+    "rigl-int8": Row("rigl", lambda: st.RigL(schedule=PERIODIC, quantization=st.Int8(start_step=2))),
+    "topkast-int8": Row(
+        "topkast", lambda: st.TopKAST(schedule=SPARSE, quantization=st.Int8(start_step=3)), kept=in_each_layer
+    ),
+    "str-int8": Row(
+        "str", lambda: st.STR(schedule=SPARSE, initial=-3.0, quantization=st.Int8(start_step=2)), exceptions=NO_COUNT
+    ),
+    "st3-int8": Row("st3", lambda: st.ST3(schedule=GRADUAL, quantization=st.Int8(start_step=5))),
 }
 OPTIMIZERS = {"sgd": sgd, "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)}
 

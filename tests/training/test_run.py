@@ -183,7 +183,7 @@ class TestTestSet:
             tmp_path / "run", acdc(*FOUR), settings(dense_finetune=True), splits=without(splits, test=watched)
         )
         assert run.execute()
-        assert watched.read == ["dense-finetune"] * 5
+        assert watched.read == ["dense-finetune"] * 6  # five members, and the sparse half once more with int8 values
 
     def test_it_chooses_nothing(self, finetuned: Run, tmp_path: Path) -> None:
         splits = digits()

@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from sparsetwin import _int8
 from sparsetwin.errors import StateError
 
 Values: TypeAlias = Literal["exact", "float32", "bfloat16", "float16", "int8"]
@@ -14,7 +15,6 @@ VALUES: tuple[Values, ...] = get_args(Values)
 _STORED: dict[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8
 }  # fmt: skip
-_STEPS = 127  # of an int8 on either side of zero; -128 is not used, so that rounding is symmetric
 
 
 def narrowed(values: Values, dtype: torch.dtype) -> torch.dtype | None:
@@ -39,19 +39,12 @@ def channels(shape: tuple[int, ...]) -> int:
 
 
 def channel_scales(tensor: Tensor) -> Tensor:
-    """Return a weight's scales.
+    """Return a weight's scales as a file holds them: (channels,), float32, on the CPU.
 
     Args:
         tensor: Any shape, floating point; pruned elements are zero.
-
-    Returns:
-        (channels,), float32: the largest absolute value of each slice along the first axis over 127.
     """
-    rows = channels(tuple(tensor.shape))
-    if tensor.numel() == 0:
-        return torch.zeros(rows)
-    largest = tensor.detach().reshape(rows, -1).abs().amax(1)
-    return (largest.double() / _STEPS).float().cpu()
+    return _int8.channel_scales(tensor).reshape(channels(tuple(tensor.shape))).cpu()
 
 
 def round_values(kept: Tensor, dtype: torch.dtype, *, scales: Tensor | None, counts: Tensor) -> Tensor:
@@ -65,8 +58,7 @@ def round_values(kept: Tensor, dtype: torch.dtype, *, scales: Tensor | None, cou
     """
     if scales is None:
         return kept.to(dtype)
-    steps = kept.double() / scales.double().repeat_interleave(counts)
-    return steps.round().clamp(-_STEPS, _STEPS).nan_to_num(0.0).to(torch.int8)  # 0 / 0 in a channel of zeros
+    return _int8.whole_steps(kept, scales.repeat_interleave(counts))
 
 
 def widen(values: Tensor, dtype: torch.dtype, *, scales: Tensor | None, counts: Tensor) -> Tensor:
@@ -76,8 +68,7 @@ def widen(values: Tensor, dtype: torch.dtype, *, scales: Tensor | None, counts: 
     """
     if scales is None:
         return values.to(dtype)
-    product = torch.promote_types(dtype, torch.float32)
-    return (values.to(product) * scales.to(product).repeat_interleave(counts)).to(dtype)
+    return _int8.widened(values, scales.repeat_interleave(counts), dtype)
 
 
 def check_fits(name: str, tensor: Tensor, values: Values) -> None:
@@ -94,8 +85,9 @@ def check_fits(name: str, tensor: Tensor, values: Values) -> None:
     if dtype is torch.int8:
         if not bool(finite.all()):
             raise StateError(f"{name} has values that are not finite, which int8 cannot hold; store them as 'exact'")
-        largest = channel_scales(tensor).double() * _STEPS
-        fits = bool(largest.to(torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype).isfinite().all())
+        scales = channel_scales(tensor)
+        most_steps = torch.full(scales.shape, 127, dtype=torch.int8)
+        fits = bool(_int8.widened(most_steps, scales, tensor.dtype).isfinite().all())
     else:
         fits = bool((tensor.to(dtype).isfinite() | ~finite).all())
     if not fits:

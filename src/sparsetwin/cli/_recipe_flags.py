@@ -11,12 +11,14 @@ _SHORT = {
     "--no-dense-finetune": "--train.no-dense-finetune",
     "--sparsity": "--schedule.sparsity",
     "--fsdp": "--distributed.fsdp",
+    "--qat": "--method.qat",
+    "--qat-start": "--method.qat-start",
 }
 _SHORT_SCHEDULE = {
     f"--{field.name.replace('_', '-')}": f"--schedule.{field.name.replace('_', '-')}"
     for field in dataclasses.fields(ScheduleSettings)
 }
-_SWITCHES = ("--quiet", "--json")
+_SWITCHES = ("--quiet", "--json", "--qat")
 
 
 def split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

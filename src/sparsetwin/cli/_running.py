@@ -14,7 +14,7 @@ from sparsetwin.cli._call import print_json, print_table
 from sparsetwin.cli._progress import make_display
 from sparsetwin.errors import CheckpointError, SparsityWarning
 from sparsetwin.recipes import Recipe, build_run
-from sparsetwin.report import HEADINGS, cells, member_rows, read_run, verdict, write_report
+from sparsetwin.report import HEADINGS, lines, member_rows, read_run, verdict, write_report
 from sparsetwin.training import Event, Processes, Progress, Run, RunFolder
 from sparsetwin.training.loggers import Logger, make_logger
 
@@ -112,7 +112,7 @@ def conclude(folder: RunFolder, *, as_json: bool) -> int:
     """Print the closing table of a finished run."""
     told = read_run(folder.path)
     rows = member_rows(told)
-    print_table(HEADINGS, [cells(row) for row in rows])
+    print_table(HEADINGS, lines(rows))
     print(verdict(told))
     print(f"pair: {folder.pair}\nreport: {folder.report}")
     if as_json:

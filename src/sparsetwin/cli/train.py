@@ -27,6 +27,7 @@ class Train:
     and defaults below are those of the recipe that is named. --epochs, --sparsity and --dense-finetune are short for
     --train.epochs, --schedule.sparsity and --train.dense-finetune. Several processes train together when torchrun
     starts them: torchrun --nproc-per-node 2 -m sparsetwin train RECIPE; --fsdp is short for --distributed.fsdp.
+    --qat and --qat-start are short for --method.qat and --method.qat-start: the sparse half gets ready for int8 values.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]

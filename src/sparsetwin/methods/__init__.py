@@ -12,6 +12,7 @@ from sparsetwin.methods.gmp import GMP
 from sparsetwin.methods.granet import GraNet
 from sparsetwin.methods.ham import HAM
 from sparsetwin.methods.imp import IMP
+from sparsetwin.methods.int8 import Int8
 from sparsetwin.methods.oneshot import OneShot
 from sparsetwin.methods.rigl import RigL
 from sparsetwin.methods.set import SET
@@ -56,6 +57,7 @@ __all__ = [
     "Dense",
     "DropAndGrowMethod",
     "GraNet",
+    "Int8",
     "Method",
     "OneShot",
     "Pass",

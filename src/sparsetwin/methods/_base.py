@@ -1,6 +1,7 @@
 """What a sparse-training method is: one rule that says which weights live in a phase."""
 
 import dataclasses
+import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,8 +15,11 @@ from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods.ham import HAM
+from sparsetwin.methods.int8 import Int8
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.schedules import Phase, Schedule
+
+_ADDED = ("ham", "quantization")  # fields that are left out of `Method.config` while they are None
 
 Touched = Literal["all", "kept", "updated"]
 """Weights that a pass computes with: all, those that the masks keep, or those whose gradients the optimizer sees."""
@@ -39,6 +43,8 @@ class Method(ABC):
     schedule: Schedule
     ham: HAM | None = None
     """The hyperbolic mirror step after each update, which composes with every method; None is none."""
+    quantization: Int8 | None = None
+    """Rounding of the weights to int8 at the end of training, which composes with every method; None is none."""
     stores_weights: ClassVar[bool] = False
     """True: in sparse phases parameters hold what `project` makes of stored weights, and updates go to these."""
     needs_closure: ClassVar[bool] = False
@@ -64,6 +70,11 @@ class Method(ABC):
         Raises:
             SparsetwinError: If some phase cannot be entered with these weights.
         """
+
+    @property
+    def first_quantized(self) -> float:
+        """The first step, counted from 0, that computes with quantized weights; infinite if none does."""
+        return math.inf if self.quantization is None else self.quantization.first_step(self.schedule)
 
     @property
     def draws(self) -> bool:
@@ -176,7 +187,7 @@ class Method(ABC):
             **{
                 f.name: _plain(value, f.name)
                 for f in dataclasses.fields(self)
-                if (value := getattr(self, f.name)) is not None or f.name != "ham"
+                if (value := getattr(self, f.name)) is not None or f.name not in _ADDED
             },
         }
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from sparsetwin.distributions import ERK, Distribution, Global, PerLayer, Uniform
 from sparsetwin.errors import ConfigError, nearest
-from sparsetwin.methods import HAM, METHODS, Method
+from sparsetwin.methods import HAM, METHODS, Int8, Method
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.patterns import NM, Block, Channel, Pattern, Unstructured
 from sparsetwin.recipes._named_values import NAMED_NUMBERS, NAMED_VALUES
 from sparsetwin.recipes._schedule import ScheduleSettings
-from sparsetwin.schedules import constant
+from sparsetwin.schedules import constant, in_steps
 
 _DISTRIBUTIONS: dict[str, Distribution] = {"global": Global(), "uniform": Uniform(), "erk": ERK()}
 
@@ -36,6 +36,11 @@ class MethodSettings:
     """Whose optimizer state is restored when weights come back."""
     ham: tuple[float, float] | None = None
     """Strength alpha and shrinkage beta of the hyperbolic mirror step after each update, such as: 200 0.001."""
+    qat: bool = False
+    """Quantization-aware training: at the end of the run, round the weights of the sparse half to int8."""
+    qat_start: float | None = None
+    """When that begins, counted from the begin of the run in the schedule's unit; None is where the time at the final
+    sparsity begins, at the earliest halfway through the run."""
     options: Annotated[dict[str, Any], NAMED_VALUES] = field(default_factory=dict)
     """Other fields of the method, as `sparsetwin methods` lists them, such as: drop_fraction=0.5."""
 
@@ -54,9 +59,22 @@ class MethodSettings:
                 known = ", ".join(sorted(fields))
                 raise ConfigError(f"{self.name} has no field {name!r}; it has: {known}{nearest(name, fields)}")
         if self.name == "dense":
-            return cls(schedule=constant(sparsity=0.0, total_steps=steps_per_epoch * epochs), **given)
-        made = schedule.build(steps_per_epoch=steps_per_epoch, epochs=epochs, method=self.name)
-        return cls(schedule=made, **given)
+            made = constant(sparsity=0.0, total_steps=steps_per_epoch * epochs)
+        else:
+            made = schedule.build(steps_per_epoch=steps_per_epoch, epochs=epochs, method=self.name)
+        quantization = self._quantization(schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        if quantization is None:
+            return cls(schedule=made, **given)
+        quantization.check(made)
+        return cls(schedule=made, quantization=quantization, **given)
+
+    def _quantization(self, schedule: ScheduleSettings, *, steps_per_epoch: int, epochs: int) -> Int8 | None:
+        if self.qat_start is None:
+            return Int8() if self.qat else None
+        if not self.qat:
+            raise ConfigError("--method.qat-start says when quantization-aware training begins; add --qat, or leave it")
+        unit, total = schedule.unit, steps_per_epoch * epochs
+        return Int8(start_step=in_steps(self.qat_start, unit, steps_per_epoch=steps_per_epoch, total_steps=total))
 
     def _class(self) -> type[Method]:
         if self.name not in METHODS:
@@ -76,6 +94,8 @@ class MethodSettings:
             "ham": None if self.ham is None else HAM(alpha=self.ham[0], beta=self.ham[1]),
         }
         named = {name: value for name, value in named.items() if value is not None}
+        if "quantization" in self.options:
+            raise ConfigError("quantization is asked for by --qat, and not as an option")
         twice = sorted(named.keys() & self.options.keys())
         if twice:
             raise ConfigError(f"{twice[0]} is given twice: as --method.{twice[0].replace('_', '-')} and as an option")

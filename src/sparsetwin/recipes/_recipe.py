@@ -78,8 +78,13 @@ class Recipe:
         data: dict[str, Any] = to_plain(self, known=_CLASSES, where="recipe")
         if self.distributed == DistributedSettings():  # as runs of one process, and of older releases, have it
             del data["distributed"]
+        if not self.method.qat and self.method.qat_start is None:
+            for field_name in _QAT:
+                del data["method"][field_name]
         return data
 
+
+_QAT = ("qat", "qat_start")  # fields of the method that older releases lack, left out where they say nothing
 
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -101,5 +106,8 @@ def recipe_from_plain(data: Any) -> Recipe:
     """
     if isinstance(data, Mapping) and data.get("type") == "Recipe" and "distributed" not in data:
         data = {**data, "distributed": to_plain(DistributedSettings(), known=_CLASSES, where="config")}
+    if isinstance(data, Mapping) and isinstance(data.get("method"), Mapping):
+        missing = {name: getattr(MethodSettings, name) for name in _QAT if not data["method"].keys() & set(_QAT)}
+        data = {**data, "method": {**data["method"], **missing}}
     recipe: Recipe = from_plain(data, Recipe, known=_CLASSES, where="config")
     return recipe

@@ -2,6 +2,7 @@
 
 from sparsetwin.report._inference import BENCH_FILE
 from sparsetwin.report._run_folder import (
+    AsInt8,
     Epoch,
     EpochTime,
     Final,
@@ -23,12 +24,13 @@ from sparsetwin.report.method_table import (
     verdict_of,
     write_method_page,
 )
-from sparsetwin.report.tables import HEADINGS, MemberRow, cells, markdown, member_rows, verdict
+from sparsetwin.report.tables import HEADINGS, MemberRow, cells, lines, markdown, member_rows, verdict
 
 __all__ = [
     "BENCH_FILE",
     "HEADINGS",
     "METHOD_HEADINGS",
+    "AsInt8",
     "Epoch",
     "EpochTime",
     "Final",
@@ -41,6 +43,7 @@ __all__ = [
     "Run",
     "Start",
     "cells",
+    "lines",
     "markdown",
     "member_rows",
     "method_cells",

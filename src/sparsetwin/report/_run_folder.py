@@ -34,6 +34,7 @@ class Start:
     parameters: int
     dense_forward_flops: int  # a sample
     dense_training_flops: int  # of as many epochs without any sparsity
+    int8_step: int | None = None  # from which on weights are rounded to int8; None if they are not
 
     @property
     def target_count(self) -> int:
@@ -92,6 +93,14 @@ class PhaseEnd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AsInt8:
+    """A network as a file of int8 values gives it back."""
+
+    file_bytes: int
+    test: Quality
+
+
+@dataclass(frozen=True, kw_only=True)
 class Member:
     """One network that the run leaves behind."""
 
@@ -104,6 +113,7 @@ class Member:
     forward_flops: int
     holdout: Quality | None
     test: Quality
+    int8: AsInt8 | None = None  # None of dense members, and where the run did not look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +261,7 @@ def _start(line: Record) -> Start:
         parameters=line.integer("parameters"),
         dense_forward_flops=line.integer("dense_forward_flops"),
         dense_training_flops=line.integer("dense_training_flops"),
+        int8_step=line.integer("int8_step") if line.has("int8_step") else None,
     )
 
 
@@ -311,6 +322,7 @@ def _final(line: Record) -> Final:
 
 
 def _member(member: Record, name: str) -> Member:
+    int8 = member.optional_record("int8")
     return Member(
         name=name,
         sparsity=member.fraction("sparsity"),
@@ -321,6 +333,7 @@ def _member(member: Record, name: str) -> Member:
         forward_flops=member.integer("forward_flops"),
         holdout=_optional_quality(member, "holdout"),
         test=_quality(member.record("test")),
+        int8=AsInt8(file_bytes=int8.integer("file_bytes"), test=_quality(int8.record("test"))) if int8 else None,
     )
 
 

@@ -9,7 +9,7 @@ from sparsetwin.report._format import count, flops, loss_text, percent, seconds_
 from sparsetwin.report._inference import inference
 from sparsetwin.report._markup import Markup, code, details, facts, figure, paragraph, section, side_by_side, table
 from sparsetwin.report._run_folder import MAIN_STAGE, PhaseEnd, Quality, Run
-from sparsetwin.report.tables import HEADINGS, cells, member_rows
+from sparsetwin.report.tables import HEADINGS, lines, member_rows
 
 
 def sections(run: Run, *, key: str, rank: int) -> tuple[Markup, ...]:
@@ -64,7 +64,7 @@ def _pair(run: Run, rank: int) -> Markup:
         "Shares in brackets are of the dense network. Training FLOPs are those of the whole run, which all its members "
         "come out of, as a share of one dense training."
     )
-    return section("The pair", table(caption, HEADINGS, map(cells, rows)), rank=rank)
+    return section("The pair", table(caption, HEADINGS, lines(rows)), rank=rank)
 
 
 def _curves(run: Run, key: str, rank: int) -> Markup:
@@ -194,6 +194,7 @@ def _setting(run: Run, rank: int) -> Markup:
         ("parameters", count(start.parameters)),
         ("target weights", f"{count(start.target_count)} in {count(len(start.targets))} layers"),
         ("dense inference", f"{flops(start.dense_forward_flops)} a sample"),
+        *([] if start.int8_step is None else [("weights rounded to int8", f"from step {count(start.int8_step)} on")]),
     ]
     environment = [
         ("created", run.created),

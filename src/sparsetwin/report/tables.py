@@ -1,7 +1,7 @@
 """The closing table of a run and its verdict, as plain data and text, for the page and for the terminal."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from sparsetwin.report._format import count, flops, percent, share, size, sparsity_text
 from sparsetwin.report._run_folder import MAIN_STAGE, Final, Member, Run
@@ -27,6 +27,9 @@ class MemberRow:
     forward_flops: int  # a sample
     forward_share: float  # of the dense network's
     training_share: float  # of a dense training; of the whole run, as its members come out of it together
+    int8_accuracy: float | None = None  # of what comes back from a file of int8 values; None of dense members
+    int8_file_bytes: int | None = None
+    int8_file_share: float | None = None
 
 
 def member_rows(run: Run) -> tuple[MemberRow, ...]:
@@ -36,6 +39,15 @@ def member_rows(run: Run) -> tuple[MemberRow, ...]:
     order: list[str] = [name for name in ("dense", "sparse") if name in run.final.members]
     order += [name for name in run.final.members if name not in order]
     return tuple(_row(run.final.members[name], run.final) for name in order)
+
+
+def lines(rows: Iterable[MemberRow]) -> list[tuple[str, ...]]:
+    """Return the closing table as text; a member that was also tried as a file of int8 values has a second line.
+
+    Args:
+        rows: As `member_rows` made them.
+    """
+    return [line for row in rows for line in (cells(row), *_int8_cells(row))]
 
 
 def cells(row: MemberRow) -> tuple[str, ...]:
@@ -57,9 +69,9 @@ def markdown(rows: Iterable[MemberRow]) -> str:
     Args:
         rows: As `member_rows` made them.
     """
-    lines = [HEADINGS, tuple("---" if index == 0 else "---:" for index in range(len(HEADINGS)))]
-    lines += [cells(row) for row in rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines) + "\n"
+    head = [HEADINGS, tuple("---" if index == 0 else "---:" for index in range(len(HEADINGS)))]
+    drawn = (" | ".join(cell.replace("|", "&#124;") for cell in line) for line in head + lines(rows))
+    return "".join(f"| {line} |\n" for line in drawn)
 
 
 def file_text(row: MemberRow) -> str:
@@ -82,12 +94,30 @@ def verdict(run: Run) -> str:
             f"The sparse half is a file of {size(sparse.file_bytes)}{of_dense} and needs "
             f"{share(sparse.forward_share)} of the dense inference FLOPs."
         )
+        if sparse.int8_accuracy is not None and sparse.int8_file_bytes is not None:
+            as_int8 = f"{size(sparse.int8_file_bytes)} at {percent(sparse.int8_accuracy)}"
+            parts.append(f"With int8 values the file is {as_int8}.")
     training = next(iter(rows.values())).training_share
     parts.append(f"The whole run took {share(training)} of the FLOPs of one dense training.")
     return " ".join(parts)
 
 
+def _int8_cells(row: MemberRow) -> Iterator[tuple[str, ...]]:
+    """Yield the line of a member as a file of int8 values, where that was tried."""
+    if row.int8_accuracy is not None and row.int8_file_bytes is not None:
+        yield cells(
+            replace(
+                row,
+                name=f"{row.name}, int8 values",
+                accuracy=row.int8_accuracy,
+                file_bytes=row.int8_file_bytes,
+                file_share=row.int8_file_share,
+            )
+        )
+
+
 def _row(member: Member, final: Final) -> MemberRow:
+    int8 = member.int8
     return MemberRow(
         name=member.name,
         accuracy=member.test.accuracy,
@@ -98,11 +128,18 @@ def _row(member: Member, final: Final) -> MemberRow:
         targets=member.targets,
         step=member.step,
         file_bytes=member.file_bytes,
-        file_share=member.file_bytes / final.dense_file_bytes if final.dense_file_bytes else None,
+        file_share=_of_file(member.file_bytes, final),
         forward_flops=member.forward_flops,
         forward_share=_of(member.forward_flops, final.dense_forward_flops),
         training_share=_of(final.training_flops, final.dense_training_flops),
+        int8_accuracy=None if int8 is None else int8.test.accuracy,
+        int8_file_bytes=None if int8 is None else int8.file_bytes,
+        int8_file_share=None if int8 is None else _of_file(int8.file_bytes, final),
     )
+
+
+def _of_file(file_bytes: int, final: Final) -> float | None:
+    return file_bytes / final.dense_file_bytes if final.dense_file_bytes else None
 
 
 def _of(part: int, whole: int) -> float:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from sparsetwin._compat import is_capturing, named_tensors
 from sparsetwin.errors import SparsityWarning, TargetError, UsageError
 from sparsetwin.masking import Masks, count_kept
-from sparsetwin.methods import Method, SparseState
+from sparsetwin.methods import Int8, Method, SparseState
 from sparsetwin.metrics import LayerSparsity, sparsity_table
 from sparsetwin.schedules import Phase
 from sparsetwin.sparsifier._agreement import Agreement, Together
@@ -147,6 +147,12 @@ class Sparsifier:
         """The targets by canonical name, in the model's order."""
         return self._state.weights
 
+    @property
+    def quantization(self) -> Int8 | None:
+        """What the weights in the parameters are rounded by, once that has begun; None before, or where nothing is."""
+        steps = self._state.steps - (self._begun != self._state.steps)  # of a step that was begun, that one
+        return self.method.quantization if self.masks and steps >= self.method.first_quantized else None
+
     def sparsity(self) -> float:
         """Return the fraction of target weights that the masks prune; 0 in a dense phase."""
         return 1 - count_kept(self.masks) / sum(self._state.sizes.values()) if self.masks else 0.0
@@ -180,6 +186,7 @@ class Sparsifier:
             self._enter(self._pending)
         elif self._begun < 0:  # it was loaded
             self._check_agreement()
+        self._held.begin_quantizing()
         self._begun, self._is_loading = self._state.steps, False
         if self._state.steps == self.method.schedule.total_steps:
             warnings.warn(
@@ -225,10 +232,11 @@ class Sparsifier:
 
         Raises:
             UsageError: If ``begin_step()`` was not called for this step, a hook has counted it already, or the method
-                stores weights, which a replayed graph would not do.
+                stores or quantizes weights, which a replayed graph would not do.
         """
-        if self.method.stores_weights or self.method.needs_closure:
-            raise UsageError(f"{type(self.method).__name__} works on each step in Python and cannot be replayed")
+        method = self.method
+        if method.stores_weights or method.needs_closure or method.quantization is not None:
+            raise UsageError(f"{type(method).__name__} works on each step in Python and cannot be replayed")
         if self._begun != self._state.steps:
             raise UsageError("step_done() needs begin_step() before it, and an optimizer step that no hook has counted")
         self._held.settle(self.masks)
@@ -285,7 +293,7 @@ class Sparsifier:
         is_masked = bool(steps) and phase.is_sparse
         masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         self._continue_from(steps, phase if steps else None, masks if is_masked else {})
-        self._held.store()
+        self._held.store(done=1)
         if steps:
             self.method.make_buffers(phase, self._state)
         self._is_loading = True
@@ -308,7 +316,7 @@ class Sparsifier:
         try:
             masks = self._agreement.choose(lambda: self._chosen(phase), weights, phase=phase, steps=self._state.steps)
         except Exception:
-            self._held.settle(self.masks if self.method.stores_weights else ())  # as it was, for whoever saves it now
+            self._held.settle(self._state.stored)  # as it was, for whoever saves it now
             raise
         old, self._state.masks, self._state.phase, self._pending = self.masks, masks, phase, None
         self._held.take_masks()

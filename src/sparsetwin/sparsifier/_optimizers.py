@@ -26,6 +26,9 @@ def check_method(method: Method, state: SparseState, optimizers: Sequence[Optimi
     phases = method.schedule.phases
     method.config()
     method.check(state)
+    if method.quantization is not None:
+        method.quantization.check(method.schedule)
+        method.quantization.check_weights(state.weights)
     scopes = {method.reset_scope(left, entered) for left, entered in pairwise(phases)} - {"none"}
     for optimizer in optimizers:
         if scopes & _PARTIAL:

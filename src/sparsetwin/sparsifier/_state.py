@@ -61,7 +61,8 @@ def read_state(
     _check_equal(state["targets"], shapes, owner="this model", prefix="target ")
     phase = _phase(state["phase"], state["steps"], method.schedule)
     masks = _masks(state["masks"], weights, phase)
-    if method.stores_weights and masks.keys() != state["buffers"].get(STORED, {}).keys():
+    stores = method.stores_weights or state["steps"] > method.first_quantized
+    if stores and masks.keys() != state["buffers"].get(STORED, {}).keys():
         raise StateError(f"the saved state has masks of {len(masks)} targets and stored weights of others; was it cut?")
     return LoadedState(
         state["steps"],

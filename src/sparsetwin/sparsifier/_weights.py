@@ -14,8 +14,8 @@ from sparsetwin.sparsifier._masks import MaskWords
 class TargetWeights:
     """What the hooks do to targets and their gradients.
 
-    A method that stores weights has parameters that hold what `Method.project` makes of them between steps. For the
-    update alone the stored weights come back into the parameters.
+    A method that stores weights has parameters that hold what `Method.project` makes of them between steps, and so has
+    every method while its weights are quantized. For the update alone the stored weights come back into the parameters.
 
     Args:
         method: Says how gradients are masked and weights projected.
@@ -28,11 +28,15 @@ class TargetWeights:
         self._words = MaskWords()
         self._projects = type(method).project is not Method.project
         self._masks_own_gradients = type(method).gradient_masks is not Method.gradient_masks
+        self._first_quantized = method.first_quantized
 
     @property
     def settle_together(self) -> bool:
         """Whether weights are settled once, after the last of several optimizers, and not one optimizer's at a time."""
-        return self._method.stores_weights
+        return self._stores_at(self._state.steps)
+
+    def _stores_at(self, step: int) -> bool:
+        return self._method.stores_weights or step >= self._first_quantized
 
     def take_masks(self) -> None:
         """Take the masks of the state, which have changed."""
@@ -58,15 +62,30 @@ class TargetWeights:
             local(_plain(self._state.weights[name])).copy_(local(stored))
 
     @torch.no_grad()
-    def store(self) -> None:
-        """Store the weights as the parameters hold them, if the method does and the phase is sparse."""
-        if not self._method.stores_weights:
+    def begin_quantizing(self) -> None:
+        """Store the weights and round those in the parameters, at the step from which on they are quantized."""
+        has_begun = self._state.stored and not self._method.stores_weights
+        if self._state.steps == self._first_quantized and not has_begun:
+            self.bring_back()
+            self.store()
+            self.settle(self._state.masks)
+
+    @torch.no_grad()
+    def store(self, *, done: int = 0) -> None:
+        """Store the weights as the parameters hold them, if they are stored in this step and the phase is sparse.
+
+        Args:
+            done: Steps to look back: 1 to store what the step before has stored already.
+        """
+        if not self._stores_at(self._state.steps - done):
             return
         if not self._state.masks:
             self._state.buffers.pop(STORED, None)
             return
         stored = self._state.buffers.setdefault(STORED, {})
         for name, weight in self._state.weights.items():
+            if not self._method.stores_weights:
+                self._allow(name)
             if name in stored:
                 local(stored[name]).copy_(local(_plain(weight)))
             else:
@@ -75,12 +94,22 @@ class TargetWeights:
     @torch.no_grad()
     def settle(self, names: Iterable[str]) -> None:
         """Leave in the parameters what the sparse phase allows; in dense phases do nothing."""
+        quantization = self._method.quantization if self._state.steps >= self._first_quantized else None
         for name in names if self._state.masks else ():
-            weight = _plain(self._state.weights[name])
-            if self._projects:
-                weight.copy_(self._method.project(name, self._state))
-            else:
-                self._words.keep_(weight, name)
+            if quantization is None or self._method.stores_weights:  # if not, what was stored is allowed already
+                self._allow(name)
+            if quantization is not None:
+                weight = _plain(self._state.weights[name])
+                quantization.round_({name: weight})
+                self._words.keep_(weight, name)  # of an output with NaN, which rounding spreads
+
+    def _allow(self, name: str) -> None:
+        """Leave in a parameter what the masks, or the method's own rule, make of the weights in it."""
+        weight = _plain(self._state.weights[name])
+        if self._projects:
+            weight.copy_(self._method.project(name, self._state))
+        else:
+            self._words.keep_(weight, name)
 
 
 def _plain(weight: Tensor) -> Tensor:

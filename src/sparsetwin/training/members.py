@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparsetwin.checkpoint import JSON, Pair
+from sparsetwin.checkpoint import JSON, Pair, load_sparse, save_sparse
 from sparsetwin.metrics import ForwardFlops, nonzero_counts
 from sparsetwin.training.evaluate import evaluate
 from sparsetwin.training.processes import Processes
@@ -25,24 +27,32 @@ def score_members(
     """Test all members, list their scores in the pair, and return what ``metrics.jsonl`` tells of them.
 
     Args:
-        pair: The pair; every member gets the metric ``test``.
+        pair: The pair; every member gets the metric ``test``, and the sparse half ``int8``: how large a file of int8
+            values is, and the score of the network that comes back from it.
         model: Of the members' architecture, on the device.
         batches: Gives the test set anew at each call.
         forward: FLOPs of the dense model.
         settings: Precision and memory format.
         processes: Those that share the test set out; the first reads and lists the members.
     """
-    told = {}
-    for name, member in processes.of_first(lambda: pair.members).items():
-        loaded = _loaded(pair, name, model, processes)
+
+    def scored(network: nn.Module) -> dict[str, JSON]:
         score = evaluate(
-            loaded,
+            network,
             batches(),
             precision=settings.precision,
             channels_last=settings.channels_last,
             processes=processes,
         )
-        metrics: dict[str, JSON] = {"test": {**score.plain()}}
+        return {**score.plain()}
+
+    told: dict[str, dict[str, Any]] = {}
+    for name, member in processes.of_first(lambda: pair.members).items():
+        loaded = _loaded(pair, name, model, processes)
+        metrics: dict[str, JSON] = {"test": scored(loaded)}
+        if name == "sparse":
+            file_bytes, decoded = _as_int8(pair, name, model, processes)
+            metrics["int8"] = {"file_bytes": file_bytes, "test": scored(decoded)}
         if processes.is_first:
             pair.annotate(name, metrics)
         told[name] = {
@@ -53,7 +63,7 @@ def score_members(
             "file_bytes": processes.of_first((pair.folder / member.file).stat).st_size,
             "forward_flops": forward.total(nonzero_counts(loaded)),
             "holdout": member.metrics.get("holdout"),
-            "test": score.plain(),
+            **metrics,
         }
     return told
 
@@ -66,3 +76,19 @@ def _loaded(pair: Pair, name: str, model: nn.Module, processes: Processes) -> nn
     loaded = copy.deepcopy(model)
     loaded.load_state_dict(state)
     return loaded
+
+
+def _as_int8(pair: Pair, name: str, model: nn.Module, processes: Processes) -> tuple[int, nn.Module]:
+    """Return the bytes of a member's file of int8 values, and a copy of the model as that file gives it back."""
+
+    def read() -> tuple[int, dict[str, Tensor]]:
+        network = pair.network(name)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.safetensors"
+            save_sparse(path, network.tensors, network.masks, card=network.card, values="int8")
+            return path.stat().st_size, load_sparse(path).tensors
+
+    file_bytes, state = processes.of_first(read)
+    decoded = copy.deepcopy(model)
+    decoded.load_state_dict(state)
+    return file_bytes, decoded

@@ -231,6 +231,7 @@ class Run:
                 "parameters": sum(parameter.numel() for parameter in stage.session.model.parameters()),
                 "dense_forward_flops": stage.forward.total(),
                 "dense_training_flops": self._dense_training_flops(stage.forward),
+                **_quantized_from(self.parts.method),
             }
         )
 
@@ -364,3 +365,8 @@ class Run:
                 f"another process of this run has stopped or cannot be reached ({found}); continue from the last "
                 f"checkpoint, with as many processes for the same bits, with: sparsetwin resume {self.folder.path}"
             ) from error
+
+
+def _quantized_from(method: Method) -> dict[str, int]:
+    """Return what the first line of a run tells of the quantization of its method, if it has one."""
+    return {} if method.quantization is None else {"int8_step": method.quantization.first_step(method.schedule)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetwin._compat import local
+from sparsetwin._compat import local, named_weights
 from sparsetwin.masking import SparseView
 from sparsetwin.methods import Method
 from sparsetwin.sparsifier import Sparsifier, gathered, whole_view
@@ -216,13 +216,21 @@ class Session:
         return next((name for name, count in zip(tensors, spoilt.tolist(), strict=True) if count), None)
 
     def evaluated_model(self) -> nn.Module:
-        """Return the model to evaluate and to save: the average with its pruned weights at zero, or the model.
+        """Return the model to evaluate and to save: the average, masked and rounded as the model is, or the model.
 
         It is whole and the same in all processes, which all have to call this.
         """
         if self._template is not None:
             return whole_twin(self._template, self.model)
-        return self.model if self.average is None else self.average.masked(self.sparsifier.masks)
+        if self.average is None:
+            return self.model
+        masked, quantization = self.average.masked(self.sparsifier.masks), self.sparsifier.quantization
+        if quantization is None:
+            return masked
+        rounded = copy.deepcopy(masked)  # the average itself goes on in full precision
+        targets = named_weights(rounded)
+        quantization.round_({name: targets[name] for name in self.sparsifier.target_names})
+        return rounded
 
     def whole(self, state: Any, *, keep: bool = True) -> Any:
         """Return state with shards put together; see `gathered`. Without shards it is returned as it is."""

@@ -335,8 +335,13 @@ class Stage:
             self.previous_masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
 
     def _keep_best(self, model: nn.Module, score: Score) -> None:
-        """Save the best model so far of its kind, as the hold-out sees it; ties go to the lower loss."""
-        phase = self._phase
+        """Save the best model so far of its kind, as the hold-out sees it; ties go to the lower loss.
+
+        Where the sparse half is to be quantized, only quantized weights are of its kind.
+        """
+        phase, sparsifier = self._phase, self.session.sparsifier
+        if phase.is_sparse and sparsifier.quantization != sparsifier.method.quantization:
+            return
         if phase.is_sparse and phase.sparsity != self.session.sparsifier.method.schedule.final_sparsity:
             return
         if self.member_names.get(phase.is_sparse) == DENSE_START:
