@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/inference.py --network resnet50 --batch 1 --out results.json
     OMP_NUM_THREADS=1 python benchmarks/inference.py --network bert --tokens 128 --engines torch ort openvino
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --engines deepsparse --deepsparse-python PATH --masks uniform
+    OMP_NUM_THREADS=1 python benchmarks/inference.py --scaling --threads 2 --sparsities 0.9 0.95
 
 Weights are random and masks are drawn as AC/DC leaves them, more in some layers than in others: scores are normal
 numbers with a deviation of fan-in^-0.35, one threshold for all layers keeps the wanted share, and the first
@@ -13,6 +15,10 @@ milliseconds. With one thread the clock is the process's own processor time, sin
 processes more often than a short one; with more it is the wall. Dense engines do not see the sparsity: they run once,
 with the weights of the first. All results are checked against float64 before they are timed: fp32 engines to 1e-4.
 ``deploy`` runs without torch.compile and OpenVINO among its own rivals here: they are contestants of their own.
+DeepSparse sees the sparsity too. It runs in a process of its own, of an older Python, and reads that process's clock.
+
+``--scaling`` compares one thread with several, by the wall's clock, and with what the machine gives to as many
+processes of one thread each: where its processors share cores, or other programs use them, there is no more to have.
 """
 
 import copy
@@ -26,18 +32,24 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from inference_scaling import scaling_of
 from torch import Tensor, nn
 
+from sparsetwin.bench import Clock, DeepSparse
+from sparsetwin.errors import UsageError
+from sparsetwin.export import export_onnx
 from sparsetwin.models import build
 from sparsetwin.runtime import Deployed, deploy
 
 Run = Callable[[], Any]
+Timer = Callable[[], float]  # one call: its seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +64,12 @@ class Settings:
     masks: Literal["acdc", "uniform"] = "acdc"
     threads: int = 1
     rounds: int = 7
-    engines: tuple[Literal["torch", "compile", "ort", "openvino", "csr"], ...] = ("torch",)
-    """Dense contestants; torch is its eager mode in both layouts, csr its sparse matrices (for BERT)."""
+    engines: tuple[Literal["torch", "compile", "ort", "openvino", "csr", "deepsparse"], ...] = ("torch",)
+    """Contestants; torch is its eager mode in both layouts, csr its sparse matrices (for BERT)."""
+    deepsparse_python: Path | None = None
+    """Python 3.10 or older with the package deepsparse."""
+    scaling: bool = False
+    """Time several threads against one, and no other engine."""
     packages: Path | None = None
     """A folder with more packages, such as another environment's site-packages with onnxruntime and openvino."""
     seed: int = 0
@@ -160,17 +176,37 @@ def csr_network(model: nn.Module, layers: list[str]) -> nn.Module:
     return twin
 
 
-def race(contestants: dict[str, Run], settings: Settings) -> dict[str, list[float]]:
-    """Return every contestant's seconds, sorted; they take turns, in reversed order every other round."""
+def deepsparse_engine(twin: nn.Module, inputs: tuple[Tensor, ...], settings: Settings, stack: ExitStack) -> DeepSparse:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    assert settings.deepsparse_python is not None, "deepsparse needs --deepsparse-python PATH"
+    export_onnx(twin, inputs, path=folder / "model.onnx")
+    engine = DeepSparse(
+        settings.deepsparse_python, folder / "model.onnx", inputs=inputs, folder=folder, threads=settings.threads
+    )
+    stack.callback(engine.close)
+    return engine
+
+
+def timed(run: Run, settings: Settings) -> Timer:
     clock = time.process_time if settings.threads == 1 else time.perf_counter
+
+    def seconds() -> float:
+        started = clock()
+        run()
+        return clock() - started
+
+    return seconds
+
+
+def race(contestants: dict[str, Timer], settings: Settings) -> dict[str, list[float]]:
+    """Return every contestant's seconds, sorted; they take turns, in reversed order every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(-1, settings.rounds):
         for name in names:
-            started = clock()
-            contestants[name]()
+            found = contestants[name]()
             if number >= 0:
-                seconds[name].append(clock() - started)
+                seconds[name].append(found)
         names.reverse()
     return {name: sorted(found) for name, found in seconds.items()}
 
@@ -194,44 +230,34 @@ def machine() -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def main(settings: Settings) -> None:
-    torch.set_num_threads(settings.threads)
-    if settings.packages is not None:
-        sys.path.append(str(settings.packages))
-    model, inputs, layers = networks(settings)
-    names = {id(module): name for name, module in model.named_modules()}
-    contestants: dict[str, Run] = {}
-    report: dict[str, Any] = {"settings": asdict(settings), "machine": machine(), "results": {}, "plans": {}}
-    report["settings"] |= {"packages": None, "out": None}
-    errors: dict[str, float] = {}
-    for sparsity in settings.sparsities:
-        twin = pruned(model, layers, sparsity, settings)
-        expected = twin.double()(*[x.double() if x.is_floating_point() else x for x in inputs])
-        twin.float()
-        if not contestants:
-            contestants = dense_engines(twin, inputs, settings)
-            for name, run in contestants.items():
-                errors[name] = error(run(), expected)
-                assert errors[name] <= 1e-4, f"{name}: relative error {errors[name]:.1e}"
-        deployed: Deployed = deploy(twin, inputs, threads=settings.threads, rivals=())
-        name = f"sparsetwin {sparsity:.0%}"
-        contestants[name] = lambda deployed=deployed: deployed(*inputs)
-        errors[name] = error(deployed(*inputs), expected)
-        assert errors[name] <= 1e-5, f"{name}: relative error {errors[name]:.1e}"
-        if "csr" in settings.engines:
-            sparse = csr_network(twin, [names[id(layer)] for layer in layers])
-            contestants[f"torch CSR {sparsity:.0%}"] = lambda sparse=sparse: sparse(*inputs)
-        report["plans"][name] = deployed.plan.to_json()
-        print(f"{name}: {deployed.plan.engine}, deployed", flush=True)
-    seconds = race(contestants, settings)
+def report_of(settings: Settings) -> dict[str, Any]:
+    shown = {**asdict(settings), "packages": None, "out": None, "deepsparse_python": None}
+    return {"settings": shown, "machine": machine(), "results": {}, "plans": {}}
+
+
+def write(report: dict[str, Any], settings: Settings) -> None:
+    if settings.out is not None:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def rival_medians(name: str, medians: dict[str, float]) -> dict[str, float]:
+    """Return the medians of what a contestant is compared with: dense engines, and DeepSparse on the same network."""
+    mine = name.rsplit(" ", 1)[-1]
+    return {
+        other.removesuffix(f" {mine}"): median
+        for other, median in medians.items()
+        if "%" not in other or ("DeepSparse" in other and other.endswith(f" {mine}"))
+    }
+
+
+def show(seconds: dict[str, list[float]], errors: dict[str, float], report: dict[str, Any]) -> None:
     medians = {name: statistics.median(found) for name, found in seconds.items()}
-    dense = {name: found for name, found in medians.items() if "%" not in name}
-    print(f"\n{'':<28}{'ms':>9}{'min':>9}{'max':>9}  " + "".join(f"{'x ' + name:>28}" for name in dense))
     for name, found in seconds.items():
-        ratios = {other: dense[other] / medians[name] for other in dense}
-        cells = "".join(f"{ratio:>28.2f}" for ratio in ratios.values())
-        print(f"{name:<28}{1e3 * medians[name]:>9.2f}{1e3 * found[0]:>9.2f}{1e3 * found[-1]:>9.2f}  {cells}")
+        rivals = rival_medians(name, medians)
+        ratios = {other: median / medians[name] for other, median in rivals.items()}
+        cells = "  ".join(f"{ratio:.2f} x {other}" for other, ratio in ratios.items() if other not in name)
+        print(f"{name:<28}{1e3 * medians[name]:>9.2f} ms {1e3 * found[0]:>9.2f} to {1e3 * found[-1]:.2f}  {cells}")
         report["results"][name] = {
             "median_ms": round(1e3 * medians[name], 3),
             "min_ms": round(1e3 * found[0], 3),
@@ -239,9 +265,70 @@ def main(settings: Settings) -> None:
             "relative_error": errors.get(name),
             "times_faster_than": {other: round(ratio, 3) for other, ratio in ratios.items()},
         }
-    if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def compare(settings: Settings, stack: ExitStack) -> dict[str, Any]:
+    """Time deployed networks against other engines."""
+    model, inputs, layers = networks(settings)
+    names = {id(module): name for name, module in model.named_modules()}
+    contestants: dict[str, Timer] = {}
+    report, errors = report_of(settings), dict[str, float]()
+    for sparsity in settings.sparsities:
+        twin = pruned(model, layers, sparsity, settings)
+        expected = twin.double()(*[x.double() if x.is_floating_point() else x for x in inputs])
+        twin.float()
+        if not contestants:
+            for name, run in dense_engines(twin, inputs, settings).items():
+                contestants[name], errors[name] = timed(run, settings), error(run(), expected)
+        deployed: Deployed = deploy(twin, inputs, threads=settings.threads, rivals=())
+        name = f"sparsetwin {sparsity:.0%}"
+        contestants[name] = timed(lambda deployed=deployed: deployed(*inputs), settings)
+        errors[name] = error(deployed(*inputs), expected)
+        assert errors[name] <= 1e-5, f"{name}: relative error {errors[name]:.1e}"
+        report["plans"][name] = deployed.plan.to_json()
+        print(f"{name}: {deployed.plan.engine}, deployed", flush=True)
+        if "csr" in settings.engines:
+            sparse = csr_network(twin, [names[id(layer)] for layer in layers])
+            contestants[f"torch CSR {sparsity:.0%}"] = timed(lambda sparse=sparse: sparse(*inputs), settings)
+        if "deepsparse" in settings.engines:
+            try:
+                engine = deepsparse_engine(twin, inputs, settings, stack)
+            except UsageError as failure:
+                report.setdefault("failed", {})[f"DeepSparse {sparsity:.0%}"] = str(failure)
+                print(f"DeepSparse {sparsity:.0%}: {failure}", flush=True)
+                continue
+            name = f"DeepSparse {engine.version} {sparsity:.0%}"
+            clock: Clock = "processor" if settings.threads == 1 else "wall"
+            contestants[name] = lambda engine=engine, clock=clock: engine.seconds(1, clock=clock)[0]
+            errors[name] = error(engine.output, expected)
+            report.setdefault("own_kernels", {})[name] = round(engine.own, 4)
+            print(f"{name}: {engine.own:.1%} of operations in its own kernels", flush=True)
+    for name, found in errors.items():
+        assert found <= 1e-4, f"{name}: relative error {found:.1e}"
+    show(race(contestants, settings), errors, report)
+    return report
+
+
+def scale(settings: Settings, stack: ExitStack) -> dict[str, Any]:
+    """Time several threads against one, and against as many processes of one thread."""
+    assert settings.threads > 1, "--scaling needs --threads of 2 or more"
+    model, inputs, layers = networks(settings)
+    report = report_of(settings)
+    for sparsity in settings.sparsities:
+        twin, name = pruned(model, layers, sparsity, settings), f"sparsetwin {sparsity:.0%}"
+        found = scaling_of(twin, inputs, threads=settings.threads, rounds=settings.rounds, stack=stack)
+        report["results"][name], report["plans"][name] = found.results, found.plans
+        print(name, {key: value for key, value in found.results.items() if key != "rounds"}, flush=True)
+    return report
+
+
+@torch.no_grad()
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    if settings.packages is not None:
+        sys.path.append(str(settings.packages))
+    with ExitStack() as stack:
+        write(scale(settings, stack) if settings.scaling else compare(settings, stack), settings)
 
 
 if __name__ == "__main__":

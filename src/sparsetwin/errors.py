@@ -10,6 +10,7 @@
     ├── AgreementError     processes that train together and have come apart          (also a RuntimeError)
     ├── StateError         saved state that does not fit the objects it is loaded in  (also a RuntimeError)
     ├── CheckpointError    a file that is missing, corrupted, truncated or foreign    (also a RuntimeError)
+    ├── ExportError        a network or file that cannot be exported as asked         (also a RuntimeError)
     ├── ConfigError        an unknown recipe, model, field or value                   (also a ValueError)
     ├── DataError          a data set that is missing, corrupted or of another shape  (also a RuntimeError)
     └── TrainingError      a run that cannot go on, such as one whose loss is NaN     (also a RuntimeError)
@@ -52,6 +53,10 @@ class StateError(SparsetwinError, RuntimeError):
 
 class CheckpointError(SparsetwinError, RuntimeError):
     """A file that is missing, corrupted, truncated or foreign."""
+
+
+class ExportError(SparsetwinError, RuntimeError):
+    """A network or file that cannot be exported as asked."""
 
 
 class ConfigError(SparsetwinError, ValueError):

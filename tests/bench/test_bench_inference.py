@@ -10,9 +10,11 @@ import torch
 from bench_networks import deepsparse_python, pruned_network
 from torch import nn
 
-from sparsetwin.bench import ENGINES, BenchSettings, bench_inference, write_result
+from sparsetwin.bench import ENGINES, BenchSettings, DeepSparse, bench_inference, write_result
+from sparsetwin.bench._deepsparse import older_onnx
 from sparsetwin.bench._pinning import TooLongError, pinned, time_limit
 from sparsetwin.errors import ConfigError, UsageError
+from sparsetwin.export import export_onnx
 
 SHORT = {"rounds": 3, "turn_seconds": 1e-4, "batch": 3}
 SAMPLES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -103,7 +105,7 @@ def test_deepsparse_runs_in_another_interpreter(tmp_path):
     for contest in found.contests:
         (row,) = contest.rows
         assert row.relative_error <= 1e-5
-        assert row.note == "version stand-in, own process"
+        assert row.note == "version stand-in, own process, 88% of operations in its own kernels"
     assert str(tmp_path) not in json.dumps(found.plain())
 
 
@@ -124,6 +126,67 @@ def test_an_interpreter_that_is_none_is_told_of(tmp_path):
     pytest.importorskip("onnxruntime")
     found = bench(pruned_network(), engines=("deepsparse",), deepsparse_python=tmp_path / "nothing")
     assert "cannot start" in found.contests[0].missing["DeepSparse, fp32"]
+
+
+def test_deepsparse_reads_the_clock_of_its_own_process(tmp_path):
+    pytest.importorskip("onnxruntime")
+    export_onnx(pruned_network(), SAMPLES, path=tmp_path / "m.onnx")
+    engine = DeepSparse(deepsparse_python(tmp_path), tmp_path / "m.onnx", inputs=[SAMPLES], folder=tmp_path, threads=1)
+    try:
+        found = [engine.seconds(20, clock=clock) for clock in ("processor", "wall")]
+        assert [len(seconds) for seconds in found] == [20, 20]
+        assert all(second > 0 for seconds in found for second in seconds)
+        with torch.no_grad():
+            torch.testing.assert_close(engine.output, pruned_network()(SAMPLES), atol=1e-5, rtol=1e-5)
+    finally:
+        engine.close()
+    with pytest.raises(UsageError, match="DeepSparse is closed"):
+        engine.seconds(1)
+
+
+class Averaging(nn.Module):
+    """Has a mean, whose axes are an attribute up to opset 17 and an input from 18 on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, images):
+        return self.head(self.convolution(images).mean((2, 3)))
+
+
+def test_deepsparse_gets_the_last_opset_that_it_has_kernels_for_with_the_same_weights(tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    export_onnx(Averaging(), SAMPLES, path=tmp_path / "new.onnx")
+    old = onnx.load(older_onnx(tmp_path / "new.onnx", tmp_path / "old.onnx"))
+    new = onnx.load(tmp_path / "new.onnx")
+    assert [network.opset_import[0].version for network in (new, old)] == [18, 17]
+    assert old.ir_version == 9
+    weights = [
+        {part.name: onnx.numpy_helper.to_array(part).tobytes() for part in network.graph.initializer}
+        for network in (new, old)
+    ]
+    assert {"convolution.weight", "head.weight"} <= weights[1].keys()
+    assert weights[1].items() <= weights[0].items()
+    session = runtime.InferenceSession(str(tmp_path / "old.onnx"), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = Averaging()(SAMPLES)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"input": SAMPLES.numpy()})[0]), expected, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_a_network_with_a_younger_operation_keeps_its_opset(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [2]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("BitwiseNot", ["x"], ["y"])], "g", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save_model(onnx.helper.make_model(graph, opset_imports=opset), tmp_path / "new.onnx")
+    old = onnx.load(older_onnx(tmp_path / "new.onnx", tmp_path / "old.onnx"))
+    assert old.opset_import[0].version == 18
+    assert old.ir_version <= 9
+    assert [node.op_type for node in old.graph.node] == ["BitwiseNot"]
 
 
 class Counting(nn.Module):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import Commands
@@ -59,6 +60,33 @@ def test_doctor_tells_versions_and_what_is_missing(cli: Commands) -> None:
     assert found["sparsetwin"] == __version__
     assert isinstance(found["packages"], dict)
     assert found["packages"]["pyarrow"]
+    assert {"onnx", "onnxruntime", "openvino", "llvmlite"} <= found["packages"].keys()
+
+
+def older_python(folder: Path, words: str) -> Path:
+    """An interpreter that answers with these words, whatever it is asked."""
+    path = folder / "older-python"
+    path.write_text(f"#!/bin/sh\n{words}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_doctor_finds_deepsparse_in_an_older_interpreter(cli: Commands) -> None:
+    python = older_python(cli.folder, "echo 1.8.0")
+    done = cli.run("doctor", "--deepsparse-python", python, "--json")
+    assert done.json["deepsparse"] == {"python": str(python), "version": "1.8.0"}
+    assert "1.8.0 in --deepsparse-python" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("older-python", "has no package deepsparse; give an interpreter"), ("nothing", "cannot be asked: No such file")],
+)
+def test_doctor_says_why_an_interpreter_has_no_deepsparse(cli: Commands, name: str, message: str) -> None:
+    older_python(cli.folder, "exit 1")
+    done = cli.run("doctor", "--deepsparse-python", cli.folder / name)
+    assert done.code == 2
+    assert f"{name} {message}" in done.error
 
 
 def test_listing_recipes_loads_neither_plots_nor_the_compiler() -> None:

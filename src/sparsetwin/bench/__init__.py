@@ -1,6 +1,7 @@
 """A network on this machine against every engine that is installed: time, spread, and whether the answers agree."""
 
 from sparsetwin.bench._contest import bench_inference
+from sparsetwin.bench._deepsparse import Clock, DeepSparse
 from sparsetwin.bench._results import BenchResult, Contest, Row, write_result
 from sparsetwin.bench._settings import ENGINES, PRECISIONS, BenchSettings, EngineName, Precision
 
@@ -9,7 +10,9 @@ __all__ = [
     "PRECISIONS",
     "BenchResult",
     "BenchSettings",
+    "Clock",
     "Contest",
+    "DeepSparse",
     "EngineName",
     "Precision",
     "Row",

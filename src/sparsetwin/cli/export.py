@@ -23,7 +23,7 @@ from sparsetwin.checkpoint import (
 )
 from sparsetwin.cli._call import DataPath, Switch, parse, print_json
 from sparsetwin.cli._description import read_description
-from sparsetwin.errors import CheckpointError, ConfigError, UsageError, nearest
+from sparsetwin.errors import ConfigError, ExportError, nearest
 from sparsetwin.export import check_two_four, export_onnx, export_openvino, export_program
 from sparsetwin.recipes import model_factory
 from sparsetwin.training import RunFolder
@@ -116,7 +116,7 @@ def _open_run(args: Export) -> _Source:
     pair = Pair(folder.pair)
     member = _member(pair, args.half)
     if args.out.resolve().parent == folder.pair.resolve():
-        raise UsageError(f"{args.out} is in the pair's own folder, which holds its members only; give another --out")
+        raise ExportError(f"{args.out} is in the pair's own folder, which holds its members only; give another --out")
     notes = {
         "half": member.name, "sparsity": f"{member.sparsity:.6g}", "step": str(member.step), "data_notice": pair.notice
     }  # fmt: skip
@@ -141,9 +141,9 @@ def _open_run(args: Export) -> _Source:
 def _member(pair: Pair, name: str) -> Member:
     members = pair.members
     if not members:
-        raise CheckpointError(f"{pair.folder} has no members yet; the first is saved when the first phase ends")
+        raise ExportError(f"{pair.folder} has no members yet; the first is saved when the first phase ends")
     if name not in members:
-        raise CheckpointError(f"no half {name!r} in {pair.folder}; it has {', '.join(members)}{nearest(name, members)}")
+        raise ExportError(f"no half {name!r} in {pair.folder}; it has {', '.join(members)}{nearest(name, members)}")
     return members[name]
 
 
@@ -153,7 +153,7 @@ def _write(args: Export, source: _Source) -> str:
     if args.to in _TRACED:
         if source.traced is None:
             known = ", ".join(name for name in get_args(Format) if name not in _TRACED)
-            raise UsageError(
+            raise ExportError(
                 f"{args.source} holds weights and no network; {args.to} needs a run, a file goes to {known}"
             )
         model, example = source.traced()
@@ -163,7 +163,7 @@ def _write(args: Export, source: _Source) -> str:
         return ""
     if args.to == "2:4":
         if not weights.masks:
-            raise UsageError(f"{source.name} has no pruned weights; 2:4 is for a sparse one")
+            raise ExportError(f"{source.name} has no pruned weights; 2:4 is for a sparse one")
         check_two_four(weights.tensors, names=list(weights.masks))
     card: dict[str, JSON] = {**weights.card, **{key: value for key, value in source.notes.items() if value}}
     save_sparse(args.out, weights.tensors, weights.masks, card=card, values=args.values)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparsetwin.errors import StateError
+from sparsetwin.errors import ExportError, StateError
 from sparsetwin.export._example import batches, outputs_of
 from sparsetwin.masking import Masks, count_pruned_nonzero
 
@@ -21,12 +21,18 @@ def check_masks(model: nn.Module, masks: Masks) -> None:
     """Refuse masks that are not those of the model.
 
     Raises:
-        StateError: If a weight is missing or of another shape, or a pruned one is not zero.
+        ExportError: If a weight is missing or of another shape, or a pruned one is not zero.
     """
-    alive = count_pruned_nonzero(model.state_dict(), masks)
+    try:
+        alive = count_pruned_nonzero(model.state_dict(), masks)
+    except StateError as error:
+        raise ExportError(f"the masks are not those of {type(model).__name__}: {error}") from error
     if alive:
         name, number = next(iter(alive.items()))
-        raise StateError(f"{number} pruned weights of {name} are not zero; apply the masks before exporting")
+        raise ExportError(
+            f"{number} pruned weights of {name} are not zero; apply the masks with sparsetwin.masking.apply_masks_ "
+            "before exporting"
+        )
 
 
 def compare(model: nn.Module, inputs: tuple[Tensor, ...], engine: Engine, *, name: str) -> None:
@@ -39,19 +45,23 @@ def compare(model: nn.Module, inputs: tuple[Tensor, ...], engine: Engine, *, nam
         name: Of the engine, for messages.
 
     Raises:
-        StateError: If an output has another shape or differs by more than `TOLERANCE`.
+        ExportError: If an output has another shape or differs by more than `TOLERANCE`.
     """
     for which, batch in batches(inputs).items():
         expected = outputs_of(model, batch)
         found = engine(batch)
         if len(found) != len(expected):
-            raise StateError(f"the model has {len(expected)} outputs, its export in {name} {len(found)}")
+            raise ExportError(
+                f"the model has {len(expected)} outputs, its export in {name} {len(found)}; return tensors alone, in a "
+                "fixed order"
+            )
         for reference, output in zip(expected, found, strict=True):
             difference = relative_difference(np.asarray(output), reference.numpy(force=True))
             if not difference <= TOLERANCE:
-                raise StateError(
+                raise ExportError(
                     f"{name} gives another output than PyTorch for {which}: they differ by {difference:.2g} of the "
-                    f"largest, expected at most {TOLERANCE:g}"
+                    f"largest, expected at most {TOLERANCE:g}; a network can be exported if its output depends on its "
+                    "input alone, and on one sample at a time"
                 )
 
 

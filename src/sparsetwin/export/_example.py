@@ -10,24 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from sparsetwin.errors import UsageError
+from sparsetwin.errors import ExportError
 
 Example: TypeAlias = Tensor | tuple[Tensor, ...]
 """One input of a model, or all of them; the first axis of each is the batch."""
+
+TRACEABLE = "torch.export has to trace it: its forward takes no branch on the values of a tensor"
+"""What would work, for a model that cannot be traced."""
 
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:
     """Return all inputs with a batch of at least two, since a batch of one would be taken for a fixed size.
 
     Raises:
-        UsageError: If there is none, one is no tensor with a batch axis, or the batches differ.
+        ExportError: If there is none, one is no tensor with a batch axis, or the batches differ.
     """
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(value, Tensor) and value.ndim for value in inputs):
-        raise UsageError(f"an example is a tensor (batch, ...) or a tuple of such, got {_kinds(inputs)}")
+        raise ExportError(f"an example is a tensor (batch, ...) or a tuple of such, got {_kinds(inputs)}")
     sizes = {len(value) for value in inputs}
     if len(sizes) != 1 or sizes == {0}:
-        raise UsageError(f"the inputs of an example have one batch size of 1 or more, got {sorted(sizes)}")
+        raise ExportError(f"the inputs of an example have one batch size of 1 or more, got {sorted(sizes)}")
     return tuple(torch.cat([value, value]) if len(value) == 1 else value for value in inputs)
 
 
@@ -56,15 +59,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silence what torch tells of its own insides while it traces."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, kept in zip(loggers, before, strict=True):
+            logger.setLevel(kept)
 
 
 def batch_axes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
@@ -84,11 +89,17 @@ def on_cpu(model: nn.Module) -> None:
     """Refuse a model whose weights lie elsewhere.
 
     Raises:
-        UsageError: Naming a weight and its device.
+        ExportError: Naming a weight and its device.
     """
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
-            raise UsageError(f"a model is exported from the CPU, but {name} is on {tensor.device}; use model.cpu()")
+            raise ExportError(f"a model is exported from the CPU, but {name} is on {tensor.device}; use model.cpu()")
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".;:") if lines else type(error).__name__
 
 
 def _kinds(inputs: tuple[Any, ...]) -> str:

@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsetwin.errors import CheckpointError, UsageError
+from sparsetwin.errors import ExportError
 
 
 def need(package: str, *, to: str, install: str) -> Any:
     """Import an optional package.
 
     Raises:
-        UsageError: If it is not installed, with the command that installs it.
+        ExportError: If it is not installed, with the command that installs it.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"{to} needs {package}, which is not installed; run: pip install {install}") from error
+        raise ExportError(f"{to} needs {package}, which is not installed; run: pip install {install}") from error
 
 
 @contextmanager
@@ -33,18 +33,18 @@ def replacing(path: Path) -> Iterator[Path]:
         path: Of the file; its folder is made if needed.
 
     Raises:
-        CheckpointError: If the disk is full or a file cannot be written.
+        ExportError: If the disk is full or a file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield folder / path.name
         for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
             written.replace(path.parent / written.name)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

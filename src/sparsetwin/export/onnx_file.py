@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsetwin.errors import StateError, UsageError
+from sparsetwin.errors import ExportError
 from sparsetwin.export._checking import check_masks, compare, lost_zeros
-from sparsetwin.export._example import Example, as_inputs, batch_axes, evaluating, on_cpu, quietly
+from sparsetwin.export._example import (
+    TRACEABLE,
+    Example,
+    as_inputs,
+    batch_axes,
+    evaluating,
+    first_line,
+    on_cpu,
+    quietly,
+)
 from sparsetwin.export._files import need, replacing
 from sparsetwin.masking import Masks
 
@@ -40,21 +49,20 @@ def export_onnx(
         example: One input (batch, ...) or a tuple of them.
         path: The file; it is replaced only when the new one is complete and checked.
         masks: Name -> bool, True keeps: every pruned weight has to be zero in the file.
-        opset: Version of ONNX's operators, 18 or later.
+        opset: Version of ONNX's operators, 18 or later, and one that the installed onnx knows.
         notes: Texts to keep as the file's metadata, such as the data's licence.
 
     Returns:
         Whether ONNX Runtime is installed and gave the model's outputs, for one sample and for larger batches.
 
     Raises:
-        UsageError: If onnx or onnxscript is missing, with the command that installs them, or the model cannot be
-            traced.
-        StateError: If a pruned weight is not zero, in the model or in the file, or ONNX Runtime's outputs differ.
-        CheckpointError: If the file cannot be written.
+        ExportError: If onnx or onnxscript is missing, with the command that installs them, the model cannot be
+            traced, a pruned weight is not zero, in the model or in the file, ONNX Runtime's outputs differ, or the file
+            cannot be written.
     """
     onnx = need("onnx", to="exporting to ONNX", install=INSTALL)
     need("onnxscript", to="exporting to ONNX", install=INSTALL)
-    _check_request(model, opset)
+    _check_request(model, opset, newest=onnx.defs.onnx_opset_version())
     check_masks(model, masks)
     inputs = as_inputs(example)
     with evaluating(model), replacing(Path(path)) as temporary:
@@ -69,12 +77,18 @@ def check_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> bool
     """Compare a file with its model in ONNX Runtime; return False if that is not installed.
 
     Raises:
-        StateError: If the outputs differ.
+        ExportError: If the outputs differ, or ONNX Runtime does not load the file.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return False
     runtime = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many classes
+        raise ExportError(
+            f"ONNX Runtime {runtime.__version__} does not load what {type(model).__name__} became: "
+            f"{first_line(error)}; a newer one may, or another opset"
+        ) from error
     names = [value.name for value in session.get_inputs()]
 
     def run(batch: tuple[Tensor, ...]) -> list[Any]:
@@ -86,13 +100,13 @@ def check_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> bool
     return True
 
 
-def _check_request(model: nn.Module, opset: int) -> None:
+def _check_request(model: nn.Module, opset: int, *, newest: int) -> None:
     on_cpu(model)
-    if opset < _LOWEST_OPSET:
-        raise UsageError(f"torch writes ONNX opset {_LOWEST_OPSET} and later, got {opset}")
+    if not _LOWEST_OPSET <= opset <= newest:
+        raise ExportError(f"torch writes ONNX opset {_LOWEST_OPSET} and later, onnx here up to {newest}; got {opset}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > _MOST_BYTES:
-        raise UsageError(f"an ONNX file holds 2 GiB, the model has {size / 2**30:.1f} GiB; export it to torch-export")
+        raise ExportError(f"an ONNX file holds 2 GiB, the model has {size / 2**30:.1f} GiB; export it to torch-export")
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], *, opset: int, masks: Masks, to_array: Any) -> Any:
@@ -109,12 +123,19 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], *, opset: int, masks: 
             program.optimize()
             optimized = program.model_proto
     except Exception as error:  # torch's own errors are of many classes
-        raise UsageError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}; {TRACEABLE}"
+        ) from error
+    found = {entry.domain: entry.version for entry in plain.opset_import}.get("")
+    if found != opset:  # torch leaves a graph as it is if it cannot convert it
+        raise ExportError(
+            f"torch gives {type(model).__name__} in opset {found}, asked for {opset}; use --opset {found}"
+        )
     for proto in (optimized, plain):
         lost = lost_zeros({value.name: to_array(value) for value in proto.graph.initializer}, masks)
         if not lost:
             return _without_traces(proto)
-    raise StateError(f"the ONNX file lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
+    raise ExportError(f"the ONNX file lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
 
 
 def _without_traces(proto: Any) -> Any:
@@ -129,8 +150,3 @@ def _without_traces(proto: Any) -> Any:
         for node in function.node:
             del node.metadata_props[:]
     return proto
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

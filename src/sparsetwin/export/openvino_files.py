@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsetwin.errors import StateError, UsageError
+from sparsetwin.errors import ExportError
 from sparsetwin.export._checking import compare, lost_zeros
-from sparsetwin.export._example import Example, as_inputs, evaluating
+from sparsetwin.export._example import Example, as_inputs, evaluating, first_line
 from sparsetwin.export._files import need, replacing
 from sparsetwin.export.onnx_file import export_onnx
 from sparsetwin.masking import Masks
@@ -36,21 +36,25 @@ def export_openvino(
         notes: Texts to keep in the graph's ``rt_info`` under ``sparsetwin``, such as the data's licence.
 
     Raises:
-        UsageError: If openvino, onnx or onnxscript is missing, with the command that installs it, the name does not
-            end in ``.xml``, or the model cannot be traced.
-        StateError: If a pruned weight is not zero, in the model or in the files, or OpenVINO's outputs differ.
-        CheckpointError: If a file cannot be written.
+        ExportError: If openvino, onnx or onnxscript is missing, with the command that installs it, the name does not
+            end in ``.xml``, the model cannot be traced, a pruned weight is not zero, in the model or in the files,
+            OpenVINO's outputs differ, or a file cannot be written.
     """
     openvino = need("openvino", to="exporting to OpenVINO", install="openvino")
     path = Path(path)
     if path.suffix != ".xml":
-        raise UsageError(f"OpenVINO's graph is a file *.xml with its weights in *.bin beside it, got {path.name}")
+        raise ExportError(f"OpenVINO's graph is a file *.xml with its weights in *.bin beside it, got {path.name}")
     inputs = as_inputs(example)
     core = openvino.Core()
     with replacing(path) as temporary:
         through = temporary.with_suffix(".onnx")
         export_onnx(model, example, path=through, masks=masks)
-        graph = core.read_model(through)
+        try:
+            graph = core.read_model(through)
+        except RuntimeError as error:
+            raise ExportError(
+                f"OpenVINO does not read what {type(model).__name__} became: {first_line(error)}; a newer one may"
+            ) from error
         for key, value in notes.items():
             graph.set_rt_info(value, ["sparsetwin", key])
         openvino.save_model(graph, temporary, compress_to_fp16=False)
@@ -58,7 +62,7 @@ def export_openvino(
         saved = core.read_model(temporary)
         lost = lost_zeros(_constants(saved), masks)
         if lost:
-            raise StateError(f"OpenVINO's graph lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
+            raise ExportError(f"OpenVINO's graph lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
         # bfloat16 is OpenVINO's choice where the processor is fast at it; the check is of the weights, in fp32
         compiled = core.compile_model(saved, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         with evaluating(model):

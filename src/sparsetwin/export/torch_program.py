@@ -8,9 +8,19 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from sparsetwin.errors import StateError, UsageError
+from sparsetwin.errors import ExportError
 from sparsetwin.export._checking import check_masks, compare, lost_zeros
-from sparsetwin.export._example import Example, as_inputs, batch_axes, evaluating, on_cpu, outputs_of, quietly
+from sparsetwin.export._example import (
+    TRACEABLE,
+    Example,
+    as_inputs,
+    batch_axes,
+    evaluating,
+    first_line,
+    on_cpu,
+    outputs_of,
+    quietly,
+)
 from sparsetwin.export._files import replacing
 from sparsetwin.masking import Masks
 
@@ -38,12 +48,11 @@ def export_program(
             gives them back as JSON under the name ``sparsetwin.json``.
 
     Raises:
-        UsageError: If the name does not end in ``.pt2``, or the model cannot be traced.
-        StateError: If a pruned weight is not zero, in the model or in the file, or the outputs differ.
-        CheckpointError: If the file cannot be written.
+        ExportError: If the name does not end in ``.pt2``, the model cannot be traced, a pruned weight is not zero, in
+            the model or in the file, the outputs differ, or the file cannot be written.
     """
     if Path(path).suffix != ".pt2":
-        raise UsageError(f"torch.export loads files *.pt2, got {Path(path).name}")
+        raise ExportError(f"torch.export loads files *.pt2, got {Path(path).name}")
     on_cpu(model)
     check_masks(model, masks)
     inputs = as_inputs(example)
@@ -57,10 +66,9 @@ def export_program(
         except OSError:
             raise
         except Exception as error:  # torch's own errors are of many classes
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UsageError(f"{type(model).__name__} cannot be traced: {reason[0]}") from error
+            raise ExportError(f"{type(model).__name__} cannot be traced: {first_line(error)}; {TRACEABLE}") from error
         lost = lost_zeros({name: value.numpy(force=True) for name, value in loaded.state_dict.items()}, masks)
         if lost:
-            raise StateError(f"the program lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
+            raise ExportError(f"the program lacks {lost[0]} with its pruned weights at zero ({len(lost)} weights)")
         module = loaded.module()
         compare(model, inputs, lambda batch: outputs_of(module, batch), name="the loaded program")
