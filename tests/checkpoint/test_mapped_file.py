@@ -171,6 +171,28 @@ def test_a_model_in_memory_keeps_its_tensors_and_gets_the_values(saved, network,
     same_bits(network.state_dict(), pruned.state_dict())
 
 
+def test_what_is_stored_dense_may_stay_in_the_mapped_file_and_the_rest_be_something_else(saved, network, pruned):
+    model, asked = on_meta(type(network)), []
+
+    def stand_in(name):
+        asked.append(name)
+        return torch.full(tuple(pruned.state_dict()[name].shape), 7.0)
+
+    with SparseFile.open(saved) as file:
+        file.load_into(model, views=True, sparse=stand_in)
+        with pytest.raises(StateError, match=r"other.weight is missing; other.bias is missing"):
+            file.check_fits(nn.ModuleDict({"embedding": nn.Embedding(3, 4), "other": nn.Linear(2, 2)}))
+        assert sorted(asked) == sorted({file.owner(name) for name in file.sparse_names})
+        again = on_meta(type(network))
+        file.load_into(again, views=True, sparse=stand_in)
+        assert again.norm.weight.data_ptr() == model.norm.weight.data_ptr()  # one mapping, no copy
+        file.load_into(again := on_meta(type(network)), views=True, dtype=torch.float64)
+        assert torch.equal(again.norm.weight, pruned.norm.weight.double())
+    assert torch.equal(model.norm.weight, pruned.norm.weight)
+    assert bool((model.conv.weight == 7).all())
+    assert model.head.weight is model.embedding.weight
+
+
 def test_a_wished_dtype_becomes_the_models(tmp_path):
     linear = nn.Linear(3, 4)
     save_dense(tmp_path / "f", linear.state_dict())

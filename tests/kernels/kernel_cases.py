@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import TARGETS, Target, host_target
+from sparsetwin.kernels import TARGETS, KeptWeight, Target, host_target
 
 FP32 = 1e-5  # max|y - ref| / max|ref|, the bound that the library promises
 
@@ -29,3 +29,21 @@ def runnable_targets() -> dict[str, Target]:
     host = host_target()
     widths = {f"{lanes} lanes": replace(host, name="wide", lanes=lanes, registers=32) for lanes in (4, 8, 16)}
     return {"host": host, "generic": TARGETS["generic"], **widths}
+
+
+NARROW = ("int8", "float16", "bfloat16")
+
+
+def kept(*shape: int, density: float, value: str, seed: int = 0, scaled: bool = True) -> KeptWeight:
+    """A weight as a file holds it; some of its kept values are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(*shape, generator=generator) < density
+    bits = KeptWeight.from_dense(mask.float()).bits
+    count = int(mask.sum())
+    if value == "int8":
+        values = torch.randint(-127, 128, (count,), generator=generator).to(torch.int8)
+    else:
+        values = torch.randn(count, generator=generator).to(getattr(torch, value))
+        values[::7] = 0
+    scales = torch.rand(shape[0], generator=generator).double() / 64 if scaled else None
+    return KeptWeight(shape=shape, bits=bits, values=values, scales=scales)

@@ -103,7 +103,27 @@ for end in (True, False):
             out = fenced(destination.empty(2), end)
             PlaneWindow(window, source=source, destination=destination)(planes, out=out)
 """
-CASES = {"products": PRODUCTS, "tokens": TOKENS, "convolutions": CONVOLUTIONS, "windows": WINDOWS}
+NARROW = """
+for target in (None, "generic"):
+    for end in (True, False):
+        for dtype in (torch.int8, torch.float16, torch.bfloat16):
+            for rows, length, columns in ((1, 1, 1), (5, 13, 7), (9, 17, 71)):
+                found = KeptWeight.from_dense(sparse(rows, length))
+                found = replace(found, values=found.values.to(dtype), scales=torch.ones(rows).double())
+                for block in (11, length):
+                    matrix = CSRBlocks.from_kept(found, block_columns=block, narrow=True)
+                    matrix = replace(fence_matrix(matrix, end), scales=fenced(matrix.scales, end))
+                    tiling = Tiling(vectors=4, target=target)
+                    product = SparseProduct(matrix, columns=columns, pitch=columns, tiling=tiling)
+                    x, out = fenced(torch.randn(length, columns), end), fenced(torch.empty(rows, columns), end)
+                    product(x, out=out)
+                for tokens in (1, 3):
+                    for layout in ("columns", "bitmask"):
+                        product = TokenProduct(matrix, tokens=tokens, layout=layout, target=target)
+                        product._values = fenced(product._values, end)
+                        product(fenced(torch.randn(tokens, length), end))
+"""
+CASES = {"narrow": NARROW, "products": PRODUCTS, "tokens": TOKENS, "convolutions": CONVOLUTIONS, "windows": WINDOWS}
 
 
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)

@@ -61,8 +61,8 @@ def test_what_does_not_fit_is_refused_by_name():
         TokenProduct(weight, tokens=9)
     with pytest.raises(ConfigError, match="layout='rows'"):
         TokenProduct(weight, tokens=1, layout="rows")
-    with pytest.raises(ConfigError, match="value='float16'"):
-        TokenProduct(weight, tokens=1, value="float16")
+    with pytest.raises(ConfigError, match="value='int8'"):
+        TokenProduct(weight, tokens=1, value="int8")  # int8 takes scales: a `KeptWeight` has them
     with pytest.raises(ConfigError, match="2 blocks"):
         TokenProduct(CSRBlocks.from_dense(weight, block_columns=3), tokens=1)
     with pytest.raises(ConfigError, match="beyond 16 bits"):

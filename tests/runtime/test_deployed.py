@@ -304,3 +304,27 @@ assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(deployed(x), expected)
 """
     run_python(script)
+
+
+def test_a_plan_that_was_found_once_is_found_quickly_and_only_for_calls_like_it(model):
+    deployed = deploy(model, images(1, 3, 32, 32), rivals=())
+    x, other = images(1, 3, 32, 32, seed=3), images(1, 3, 32, 32).to(torch.float64)
+    assert deployed._quick == {}
+    first = deployed(x)
+    assert list(deployed._quick) == [((x.shape, torch.float32),)]
+    assert torch.equal(deployed(x), first)
+    assert torch.equal(deployed(nn.Parameter(x, requires_grad=False)), first)  # a subclass takes the long way
+    assert torch.equal(deployed(images=x), first)
+    with pytest.raises(UsageError, match="requires a gradient"):
+        deployed(x.clone().requires_grad_())
+    with pytest.raises(UsageError, match="is on meta"):
+        deployed(x.to("meta"))
+    with pytest.raises(RuntimeError):
+        deployed(other)  # as the model itself: double input, float weights
+    with torch.inference_mode():
+        assert torch.equal(deployed(x), first)
+    assert len(deployed._quick) == 1
+    for size in range(20, 20 + SHAPES + 2):
+        deployed.prepare(images(1, 3, size, size))
+        deployed(images(1, 3, size, size))
+    assert relative_error(deployed(images(1, 3, 21, 21)), expected(model, images(1, 3, 21, 21))) <= FP32

@@ -1,7 +1,7 @@
 """A sparse file that stays on the disk: mapped into memory, and decoded one tensor at a time."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -168,7 +168,31 @@ class SparseFile:
             yield item
             del item
 
-    def load_into(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    def check_fits(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+        """Refuse a model that `load_into` would refuse.
+
+        Args:
+            model: As for `load_into`.
+            dtype: As for `load_into`.
+
+        Raises:
+            StateError: As `load_into` does.
+        """
+        inner = bare(model)
+        state = state_of(inner)
+        given = {name: (self.shape(name), _converted(self.dtype(name), dtype)) for name in self.names}
+        ignored = {name for name, tensor in state.items() if dtype is not None and tensor.is_meta}
+        check_matches(state, given, what=str(self.path), ignoring_dtype=ignored)
+        check_loaded(inner, what=str(self.path))
+
+    def load_into(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        views: bool = False,
+        sparse: Callable[[str], Tensor] | None = None,
+    ) -> nn.Module:
         """Give a model its parameters and buffers, one after the other, so that no second copy is held.
 
         Parameters and buffers on the meta device are replaced by tensors on the CPU, tied ones by one tensor; others
@@ -177,6 +201,9 @@ class SparseFile:
         Args:
             model: Of the network's architecture, such as one built under ``torch.device("meta")``; wrapped or not.
             dtype: What floating-point tensors are converted to; the model's on the meta device become so too.
+            views: Whether what is stored dense stays where it is in the mapped file, if it needs no conversion; the
+                model must not be trained then.
+            sparse: What returns the tensor for a name that is stored sparse; it is decoded by default.
 
         Returns:
             The model.
@@ -185,20 +212,30 @@ class SparseFile:
             CheckpointError: If the file is damaged; the model may then be partly filled.
             StateError: If names, shapes or dtypes differ, or a buffer that no file holds is on the meta device.
         """
+        self.check_fits(model, dtype=dtype)
         inner = bare(model)
-        state = state_of(inner)
-        given = {name: (self.shape(name), _converted(self.dtype(name), dtype)) for name in self.names}
-        ignored = {name for name, tensor in state.items() if dtype is not None and tensor.is_meta}
-        check_matches(state, given, what=str(self.path), ignoring_dtype=ignored)
-        check_loaded(inner, what=str(self.path))
         paths = paths_of(inner)
-        held = ""  # owner of the tensor that the model took as its own
-        for name, tensor in self.items(dtype=dtype):
-            is_taken = self._owner[name] == held  # tied in the file and not in the model: two tensors
-            if assign(inner, paths[name], tensor.clone() if is_taken else tensor):
-                held = self._owner[name]
-            del tensor
+        made: Tensor | None = None  # of the owner before; what is tied in the file comes together
+        before = ""
+        for name, owner in self._owner.items():
+            if made is None or owner != before:  # tied in the file and not in the model: two tensors
+                made = None  # before the next one is made
+                made = self._made(owner, dtype, views, sparse)
+            before = owner
+            if assign(inner, paths[name], made):
+                made = None
         return model
+
+    def _made(
+        self, owner: str, dtype: torch.dtype | None, views: bool, sparse: Callable[[str], Tensor] | None
+    ) -> Tensor:
+        if owner in self._contents.sparse:
+            return self.dense(owner, dtype=dtype) if sparse is None else sparse(owner)
+        if not views:
+            return self.dense(owner, dtype=dtype)
+        with naming(self.path):
+            tensor = self._reader.map(owner)
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
     def close(self) -> None:
         """Close the file; views that were handed out stay."""

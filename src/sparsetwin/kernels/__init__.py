@@ -2,20 +2,21 @@
 
 `SparseProduct` multiplies a sparse matrix with dense activations, `TokenProduct` with one to eight tokens,
 `SparseLinear` chooses between them, `SparseConvolution` convolves. `is_available` tells whether llvmlite is there to
-make them. float32 activations and sums; weights in float32, for tokens also bfloat16.
+make them. float32 activations and sums; weights in float32, or as a `KeptWeight` holds them in fewer bits.
 """
 
 from sparsetwin.kernels._blocks import CSRBlocks
 from sparsetwin.kernels._cache import compiled_kernels, kernel, kernel_ir
 from sparsetwin.kernels._convolution import SparseConvolution
 from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
+from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._launch import Tiling
 from sparsetwin.kernels._linear import SparseLinear
 from sparsetwin.kernels._llvm import host_features, is_available
 from sparsetwin.kernels._planes import PlaneLayout, make_layout
 from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._product import SparseProduct, empty_padded, padded_pitch
-from sparsetwin.kernels._reference import reference_convolution, reference_product
+from sparsetwin.kernels._reference import reference_convolution, reference_product, reference_weight
 from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors
 from sparsetwin.kernels._target import TARGETS, Target, checked_target, host_target
 from sparsetwin.kernels._tokens import TokenProduct
@@ -27,6 +28,7 @@ __all__ = [
     "Activation",
     "CSRBlocks",
     "ConvolutionGeometry",
+    "KeptWeight",
     "PlaneLayout",
     "PlaneWindow",
     "Pool",
@@ -53,4 +55,5 @@ __all__ = [
     "padded_pitch",
     "reference_convolution",
     "reference_product",
+    "reference_weight",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
-from sparsetwin.kernels._specification import Activation, ValueFormat, check_activation
+from sparsetwin.kernels._specification import VALUE_BYTES, Activation, ValueFormat, check_activation
 from sparsetwin.kernels._target import Target
 
 
@@ -23,6 +23,7 @@ class BitmaskSpecification:
     lanes: int  # columns a mask word; 8 or 16
     tokens: int
     value: ValueFormat = "float32"
+    scaled: bool = False
     bias: bool = False
     activation: Activation | None = None
 
@@ -46,6 +47,7 @@ class BitmaskArgument(IntEnum):
     OUTPUT = auto()  # float32, (tokens, rows)
     OUTPUT_PITCH = auto()
     BIAS = auto()
+    SCALES = auto()  # float32, (rows,)
 
 
 class _Bitmask:
@@ -53,7 +55,7 @@ class _Bitmask:
 
     def __init__(self, spec: BitmaskSpecification) -> None:
         self.spec = spec
-        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused)
+        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused, half=spec.target.half)
         integers = {BitmaskArgument.GROUPS, BitmaskArgument.INPUT_PITCH, BitmaskArgument.OUTPUT_PITCH}
         self.arguments = {
             argument: (self.e.argument_int if argument in integers else self.e.argument_pointer)(argument)
@@ -93,13 +95,14 @@ class _Bitmask:
 
     def _expand(self, position: Any, mask: Any) -> Any:
         e = self.e
-        narrow = self.spec.value == "bfloat16"
-        element, name, size = (e.i16, "i16", 2) if narrow else (e.f32, "f32", 4)
+        value = self.spec.value
+        element, size = e.stored_type(value), VALUE_BYTES[value]
+        name = {4: "f32", 2: "i16", 1: "i8"}[size]
         kind = e.ir.VectorType(element, e.lanes)
         load = e.declare(f"llvm.masked.expandload.v{e.lanes}{name}", kind, [e.pointer, e.bits, kind])
         source = e.address(self.arguments[BitmaskArgument.VALUES], e.b.mul(position, e.int64(size)))
         values = e.b.call(load, [source, mask, e.ir.Constant(kind, None)])
-        return e.widen_bfloat16(values) if narrow else values
+        return e.widen(values, value)
 
     def _activations(self, token: int, group: Any, mask: Any) -> Any:
         e, table = self.e, self.arguments
@@ -110,7 +113,7 @@ class _Bitmask:
         return self.e.b.call(self.e.declare(f"llvm.ctpop.i{self.spec.lanes}", word, [word]), [bits])
 
     def _store(self, vector: Any, token: int, row: Any) -> None:
-        """Add the lanes in halves, then bias and activation, and store one number."""
+        """Add the lanes in halves, then scale, bias and activation, and store one number."""
         e, table = self.e, self.arguments
         width = e.lanes
         while width > 1:
@@ -119,6 +122,9 @@ class _Bitmask:
             order = e.ir.Constant(e.integers, moved)
             vector = e.b.fadd(vector, e.b.shuffle_vector(vector, vector, order))
         column = e.b.mul(row, e.int64(4))
+        if self.spec.scaled:
+            scale = e.b.load(e.address(table[BitmaskArgument.SCALES], column), typ=e.f32, align=4)
+            vector = e.b.fmul(vector, e.broadcast(scale))
         if self.spec.bias:
             bias = e.b.load(e.address(table[BitmaskArgument.BIAS], column), typ=e.f32, align=4)
             vector = e.b.fadd(vector, e.broadcast(bias))

@@ -1,10 +1,10 @@
 """The format of sparse weights: kept weights row by row, block of columns by block of columns.
 
 Weights of one block read activation rows that stay in the cache while all rows of the matrix pass over them. Numbers
-lie in the order in which a kernel reads them.
+lie in the order in which a kernel reads them; where they belong is one bit a weight, as in a file.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Self
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
+from sparsetwin.kernels._kept import VALUE_DTYPES, KeptWeight, packed_bits, set_bits
 
 _PADDING = 64  # bytes behind every array, so that a vector may be read at its end
 _LIMIT = 2**31 - 1
@@ -19,22 +20,30 @@ _LIMIT = 2**31 - 1
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CSRBlocks:
-    """A sparse float32 matrix, its columns cut into blocks that share activations in the cache.
+    """A sparse matrix, its columns cut into blocks that share activations in the cache.
 
-    Build it with `from_dense` or `from_csr`. ``values`` may be refreshed with `gather_`; nothing else changes.
+    Build it with `from_dense`, `from_csr`, `from_kept` or `from_parts`. ``values`` may be refreshed with `gather_` if
+    they are plain float32; nothing else changes.
     """
 
     rows: int
     columns: int
     block_columns: int
-    row_pointers: Tensor  # int32, (blocks, rows + 1): into positions and values
-    positions: Tensor  # int32, (kept,): row-major index in the dense matrix, in the order of reading
-    values: Tensor = field(repr=False)  # float32, (kept,), with padding behind it
+    row_pointers: Tensor  # int32, (blocks, rows + 1): into the values
+    bits: Tensor = field(repr=False)  # uint8: one bit a weight of the dense matrix, row-major, the lowest bit first
+    values: Tensor = field(repr=False)  # (kept,), in the order of reading, with padding behind it
+    scales: Tensor | None = field(repr=False, default=None)  # float32, (rows,): what a row's sums are multiplied with
 
     @property
     def kept(self) -> int:
         """Number of weights that are kept, zeros among them included."""
-        return self.positions.numel()
+        return self.values.numel()
+
+    @property
+    def positions(self) -> Tensor:
+        """Where the kept weights lie in the dense matrix, row-major, in the order of reading: int32, (kept,)."""
+        flat = set_bits(self.bits, self.rows * self.columns)
+        return flat[_reading_order(flat, self.columns, self.block_columns)].to(torch.int32)
 
     @property
     def blocks(self) -> int:
@@ -113,34 +122,112 @@ class CSRBlocks:
         return cls._from_positions((rows, columns), flat, values.reshape(-1), block_columns)
 
     @classmethod
-    def _from_positions(cls, shape: tuple[int, int], flat: Tensor, values: Tensor, block_columns: int | None) -> Self:
+    @torch.no_grad()
+    def from_kept(cls, weight: KeptWeight, *, block_columns: int | None = None, narrow: bool = False) -> Self:
+        """Take a weight as a file holds it, without making it dense.
+
+        Args:
+            weight: (rows, ...); axes behind the first are flattened row-major.
+            block_columns: Columns a block; all of them by default.
+            narrow: Whether values stay in their few bits, their rows' scales apart; else they become float32.
+        """
+        narrow = narrow and weight.is_narrow
+        shape = (weight.shape[0], weight.numel // weight.shape[0])
+        values = weight.values if narrow else weight.float_values()
+        matrix = cls._from_positions(shape, weight.positions(), values, block_columns, bits=weight.bits)
+        scales = None if not narrow or weight.scales is None else weight.scales.float()
+        return replace(matrix, scales=scales)
+
+    @classmethod
+    @torch.no_grad()
+    def from_parts(
+        cls, shape: tuple[int, int], *, bits: Tensor, values: Tensor, scales: Tensor | None, block_columns: int
+    ) -> Self:
+        """Put together what another matrix was made of, on the memory of the parts; any bits are a valid matrix.
+
+        Args:
+            shape: (rows, columns).
+            bits: As the matrix had them.
+            values: As the matrix had them, with padding behind them.
+            scales: As the matrix had them.
+            block_columns: Columns a block.
+
+        Raises:
+            ConfigError: If a part does not fit the others.
+        """
+        rows, columns = shape
+        _check_size(rows, columns)
+        if not 1 <= block_columns <= columns or values.dtype not in VALUE_DTYPES or values.dim() != 1:
+            raise ConfigError(f"block_columns={block_columns}, values {values.dtype} do not fit {rows} x {columns}")
+        if scales is not None and (scales.dtype, tuple(scales.shape)) != (torch.float32, (rows,)):
+            raise ConfigError(f"scales are {scales.dtype} {tuple(scales.shape)}; expected float32 ({rows},)")
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != ((rows * columns + 7) // 8,):
+            raise ConfigError(f"a matrix of {rows} x {columns} has {(rows * columns + 7) // 8} bytes of bits, uint8")
+        flat = set_bits(bits, rows * columns)
+        if flat.numel() != values.numel():
+            raise ConfigError(f"{values.numel()} values, but the bits keep {flat.numel()}")
+        pointers = _row_pointers(flat, rows, columns, block_columns)
+        return cls(
+            rows=rows,
+            columns=columns,
+            block_columns=block_columns,
+            row_pointers=pointers,
+            bits=bits,
+            values=values,
+            scales=scales,
+        )
+
+    @classmethod
+    def _from_positions(
+        cls, shape: tuple[int, int], flat: Tensor, values: Tensor, block_columns: int | None, bits: Tensor | None = None
+    ) -> Self:
         rows, columns = shape
         _check_size(rows, columns)
         width = columns if block_columns is None else block_columns
         if width < 1:
             raise ConfigError(f"block_columns={width}; expected at least 1")
         width = min(width, columns)
-        blocks = -(-columns // width)
-        block = (flat % columns) // width
-        order = torch.sort(block, stable=True).indices if blocks > 1 else slice(None)
-        counts = torch.bincount(block * rows + flat // columns, minlength=blocks * rows).reshape(blocks, rows)
-        ends = counts.reshape(-1).cumsum(0).reshape(blocks, rows)
-        starts = (ends - counts)[:, :1]
+        if bits is None:
+            mask = torch.zeros(rows * columns, dtype=torch.bool)
+            mask[flat] = True
+            bits = packed_bits(mask)
         return cls(
             rows=rows,
             columns=columns,
             block_columns=width,
-            row_pointers=torch.cat([starts, ends], dim=1).to(torch.int32),
-            positions=flat[order].to(torch.int32),
-            values=padded(values[order]),
+            row_pointers=_row_pointers(flat, rows, columns, width),
+            bits=bits,
+            values=padded(values[_reading_order(flat, columns, width)]),
         )
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         """Return the dense matrix, (rows, columns), float32, zero where nothing is kept."""
         dense = torch.zeros(self.rows * self.columns)
-        dense[self.positions.long()] = self.values
-        return dense.reshape(self.rows, self.columns)
+        dense[self.positions.long()] = self.values.float()
+        dense = dense.reshape(self.rows, self.columns)
+        return dense if self.scales is None else dense.mul_(self.scales.unsqueeze(1))
+
+    @torch.no_grad()
+    def to_kept(self, shape: tuple[int, ...]) -> KeptWeight:
+        """Return the same weights as a file would hold them, of a shape with as many rows and elements."""
+        scales = None if self.scales is None else self.scales.double()
+        return KeptWeight(shape=shape, bits=self.bits, values=self.in_one_block().values, scales=scales)
+
+    @torch.no_grad()
+    def in_one_block(self) -> "CSRBlocks":
+        """Return the same weights, all columns in one block."""
+        if self.blocks == 1:
+            return self
+        flat = set_bits(self.bits, self.rows * self.columns)
+        values = torch.empty(self.kept, dtype=self.values.dtype)
+        values[_reading_order(flat, self.columns, self.block_columns)] = self.values
+        return replace(
+            self,
+            block_columns=self.columns,
+            row_pointers=_row_pointers(flat, self.rows, self.columns, self.columns),
+            values=padded(values),
+        )
 
     @torch.no_grad()
     def gather_(self, weight: Tensor) -> None:
@@ -150,9 +237,11 @@ class CSRBlocks:
             weight: As given to `from_dense`.
 
         Raises:
-            ConfigError: If its size or dtype differs.
+            ConfigError: If its size or dtype differs, or values are kept in fewer bits or with scales.
         """
         check_float32(weight, "the weight")
+        if self.values.dtype != torch.float32 or self.scales is not None:
+            raise ConfigError(f"values in {self.values.dtype} are not refreshed; expected float32 without scales")
         if weight.numel() != self.rows * self.columns:
             raise ConfigError(f"the weight has {weight.numel()} elements; expected {self.rows * self.columns}")
         torch.index_select(weight.detach().reshape(-1), 0, self.positions, out=self.values)
@@ -171,9 +260,10 @@ class CSRBlocks:
         Raises:
             ConfigError: If an offset is negative or beyond 2**31 - 1.
         """
-        found = column_offsets[(self.positions % self.columns).long()]
+        positions = self.positions
+        found = column_offsets[(positions % self.columns).long()]
         if row_offsets is not None:
-            found = found + row_offsets[(self.positions // self.columns).long()]
+            found = found + row_offsets[(positions // self.columns).long()]
         if found.numel() and (int(found.min()) < 0 or int(found.max()) > _LIMIT):
             raise ConfigError(
                 f"activations from byte {int(found.min())} to {int(found.max())} are out of reach of 32-bit offsets; "
@@ -200,6 +290,33 @@ def padded(array: Tensor) -> Tensor:
     storage = torch.zeros(size + _PADDING // array.element_size(), dtype=array.dtype)
     storage[:size] = array.reshape(-1)
     return storage[:size]
+
+
+def packed(weight: KeptWeight | Tensor, block_columns: int, *, narrow: bool) -> CSRBlocks:
+    """Return the matrix of a weight, dense with zeros or kept; only kept ones can have narrow values."""
+    if isinstance(weight, Tensor):
+        return CSRBlocks.from_dense(weight, block_columns=block_columns)
+    return CSRBlocks.from_kept(weight, block_columns=block_columns, narrow=narrow)
+
+
+def density(weight: KeptWeight | Tensor) -> float:
+    """Return the fraction of a weight that is kept."""
+    return weight.density if isinstance(weight, KeptWeight) else int(weight.count_nonzero()) / weight.numel()
+
+
+def _reading_order(flat: Tensor, columns: int, width: int) -> Tensor | slice:
+    """Return the order in which weights at rising positions are read: block by block, then row by row."""
+    if width >= columns:
+        return slice(None)
+    return torch.sort((flat % columns) // width, stable=True).indices
+
+
+def _row_pointers(flat: Tensor, rows: int, columns: int, width: int) -> Tensor:
+    blocks = -(-columns // width)
+    counts = torch.bincount((flat % columns) // width * rows + flat // columns, minlength=blocks * rows)
+    counts = counts.reshape(blocks, rows)
+    ends = counts.reshape(-1).cumsum(0).reshape(blocks, rows)
+    return torch.cat([(ends - counts)[:, :1], ends], dim=1).to(torch.int32)
 
 
 def _check_size(rows: int, columns: int) -> None:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
-from sparsetwin.kernels._blocks import CSRBlocks, check_float32
+from sparsetwin.kernels._blocks import CSRBlocks, check_float32, density, packed
 from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
+from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, run_pieces, tiled_product
 from sparsetwin.kernels._planes import PlaneLayout
 from sparsetwin.kernels._pool import Piece, Pool
@@ -21,7 +22,7 @@ class SparseConvolution:
     dilations and groups are free, depthwise among them. Pruned weights pass nothing on, as in `SparseProduct`.
 
     Args:
-        weight: (out, in / groups, kh, kw), float32; zeros are pruned. Or `CSRBlocks` of it.
+        weight: (out, in / groups, kh, kw), float32; zeros are pruned. Or a `KeptWeight` or `CSRBlocks` of it.
         geometry: Sizes, stride, padding, dilation, groups.
         bias: (out,), float32.
         activation: Fused at the store.
@@ -36,7 +37,7 @@ class SparseConvolution:
 
     def __init__(
         self,
-        weight: CSRBlocks | Tensor,
+        weight: CSRBlocks | KeptWeight | Tensor,
         *,
         geometry: ConvolutionGeometry,
         bias: Tensor | None = None,
@@ -57,7 +58,7 @@ class SparseConvolution:
         geometry.check_layouts(self.source, self.destination)
         columns = geometry.written(self.source.pitch)
         width = tiling.vectors or default_vectors(columns, chosen)
-        self.matrix = _matrix(weight, geometry, tiling.block, width, chosen)
+        self.matrix = _matrix(weight, geometry, tiling, width, chosen)
         if bias is not None:
             check_float32(bias, "the bias")
             bias = bias.detach().contiguous()
@@ -146,7 +147,11 @@ class SparseConvolution:
 
 
 def _matrix(
-    weight: CSRBlocks | Tensor, geometry: ConvolutionGeometry, channels: int | None, vectors: int, target: Target
+    weight: CSRBlocks | KeptWeight | Tensor,
+    geometry: ConvolutionGeometry,
+    tiling: Tiling,
+    vectors: int,
+    target: Target,
 ) -> CSRBlocks:
     taps = geometry.kernel[0] * geometry.kernel[1]
     per_group = geometry.in_channels // geometry.groups
@@ -157,12 +162,13 @@ def _matrix(
         return weight
     if tuple(weight.shape) != expected:
         raise ConfigError(f"the weight has shape {tuple(weight.shape)}; expected {expected}")
+    channels = tiling.block
     if channels is None and geometry.groups > 1:
         channels = per_group
     elif channels is None:  # taps along a row read nearly the same lines
-        kept = taps * int(weight.count_nonzero()) / weight.numel()
+        kept = taps * density(weight)
         channels = default_block(per_group, kept=kept, lines=geometry.kernel[0] * vectors, target=target)
-    return CSRBlocks.from_dense(weight, block_columns=channels * taps)
+    return packed(weight, channels * taps, narrow=tiling.narrow)
 
 
 def _offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsetwin.kernels._llvm import llvm_ir
-from sparsetwin.kernels._specification import Activation
+from sparsetwin.kernels._specification import Activation, ValueFormat
 
 FUNCTION = "kernel"
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of a float32
@@ -18,13 +18,15 @@ class Emitter:
         arguments: How many 64-bit arguments the function takes after the pointer to its table of arguments.
         lanes: Of one vector.
         fused: Whether multiply-adds round once; without the instruction they would be slow library calls.
+        half: Whether float16 is widened by an instruction, for the same reason.
     """
 
-    def __init__(self, *, arguments: int, lanes: int, fused: bool) -> None:
+    def __init__(self, *, arguments: int, lanes: int, fused: bool, half: bool = False) -> None:
         ir = llvm_ir()
         self.ir = ir
         self.lanes = lanes
         self.fused = fused
+        self.half = half
         self.i1, self.i8, self.i16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
         self.i32, self.i64, self.f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
         self.pointer = ir.PointerType()
@@ -99,13 +101,39 @@ class Emitter:
         lanes = self.ir.Constant(self.integers, list(range(self.lanes)))
         return self.b.icmp_unsigned("<", lanes, self.broadcast(self.b.trunc(count, self.i32)))
 
-    def widen_bfloat16(self, bits: Any) -> Any:
-        """Turn bfloat16 bits (int16, scalar or vector) into float32."""
-        vector = isinstance(bits.type, self.ir.VectorType)
-        wide = self.ir.VectorType(self.i32, bits.type.count) if vector else self.i32
-        shift = self.ir.Constant(wide, [16] * bits.type.count) if vector else self.i32(16)
-        kind = self.ir.VectorType(self.f32, bits.type.count) if vector else self.f32
-        return self.b.bitcast(self.b.shl(self.b.zext(bits, wide), shift), kind)
+    def broadcast_lane(self, vector: Any, lane: int) -> Any:
+        """Return a vector with one lane of another, which may be shorter, in every lane."""
+        return self.b.shuffle_vector(vector, vector, self.ir.Constant(self.integers, [lane] * self.lanes))
+
+    def stored_type(self, value: ValueFormat) -> Any:
+        """Return the type as which a value is loaded."""
+        return {"float32": self.f32, "int8": self.i8}.get(value, self.i16)
+
+    def widen(self, stored: Any, value: ValueFormat) -> Any:
+        """Turn stored values, a scalar or a vector of `stored_type`, into float32."""
+        if value == "float32":
+            return stored
+        count = stored.type.count if isinstance(stored.type, self.ir.VectorType) else 0
+        integer, real = (self.ir.VectorType(kind, count) if count else kind for kind in (self.i32, self.f32))
+
+        def constant(kind: Any, number: float | int) -> Any:
+            return self.ir.Constant(kind, [number] * count if count else number)
+
+        if value == "int8":
+            return self.b.sitofp(self.b.sext(stored, integer), real)
+        if value == "float16" and self.half:
+            half = self.ir.VectorType(self.ir.HalfType(), count) if count else self.ir.HalfType()
+            return self.b.fpext(self.b.bitcast(stored, half), real)
+        bits = self.b.zext(stored, integer)
+        if value == "bfloat16":
+            return self.b.bitcast(self.b.shl(bits, constant(integer, 16)), real)
+        sign = self.b.shl(self.b.and_(bits, constant(integer, 0x8000)), constant(integer, 16))
+        rest = self.b.shl(self.b.and_(bits, constant(integer, 0x7FFF)), constant(integer, 13))
+        finite = self.b.fmul(self.b.bitcast(rest, real), constant(real, 2.0**112))  # exact, subnormals too
+        special = self.b.or_(rest, constant(integer, 0x7F800000))  # infinity, or NaN with its payload
+        is_special = self.b.icmp_unsigned(">=", rest, constant(integer, 0x7C00 << 13))
+        chosen = self.b.select(is_special, special, self.b.bitcast(finite, integer))
+        return self.b.bitcast(self.b.or_(chosen, sign), real)
 
     # loops
 

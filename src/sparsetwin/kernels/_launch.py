@@ -13,7 +13,7 @@ from sparsetwin.kernels._blocks import CSRBlocks
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._pool import Piece, Pool
 from sparsetwin.kernels._product_ir import Argument
-from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors
+from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors, value_format
 from sparsetwin.kernels._target import Target
 
 _Table = ctypes.c_int64 * len(Argument)
@@ -32,10 +32,11 @@ class Epilogue:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How a product is cut; what is None is chosen by the sizes. The best is found by measuring."""
+    """How a product is cut and stored; what is None is chosen by the sizes. The best is found by measuring."""
 
     vectors: int | None = None  # a tile's width
     block: int | None = None  # weight columns (of a product) or input channels (of a convolution) that share a block
+    narrow: bool = False  # leave the values of a `KeptWeight` in their few bits, to be widened in the kernel
     target: Target | str | None = None  # what to compile for; this machine's best if None
 
 
@@ -111,6 +112,7 @@ class TiledProduct:
             at.keep,
             first_column,
             self.last_lanes,
+            self.matrix.scales.data_ptr() if self.matrix.scales is not None else 0,
         )
 
 
@@ -163,6 +165,8 @@ def tiled_product(
         ProductSpecification,
         target=target,
         lanes=target.lanes,
+        value=value_format(matrix.values),
+        scaled=matrix.scales is not None,
         bias=bias is not None,
         residual=epilogue.residual,
         activation=epilogue.activation,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
-from sparsetwin.kernels._blocks import CSRBlocks, check_float32
+from sparsetwin.kernels._blocks import check_float32, packed
+from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._launch import Tiling, default_vectors, run_pieces, worth_threads
 from sparsetwin.kernels._pool import Piece, Pool
 from sparsetwin.kernels._product import SparseProduct, padded_pitch, product_block
@@ -30,10 +31,10 @@ class SparseLinear:
     of tokens in the call, never with that of the threads. Calls may run at once.
 
     Args:
-        weight: (M, K), float32; zeros are pruned.
+        weight: (M, K), float32; zeros are pruned. Or a `KeptWeight` of it.
         bias: (M,), float32.
         activation: Fused at the store.
-        value: How weights are stored for one to eight tokens; more tokens always take float32.
+        value: How weights are stored for one to eight tokens; more tokens take float32, or what ``tiling`` leaves.
         chunk: Tokens that are transposed at a time.
         tiling: How a chunk's product is cut; chosen by the sizes by default.
 
@@ -43,7 +44,7 @@ class SparseLinear:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: KeptWeight | Tensor,
         *,
         bias: Tensor | None = None,
         activation: Activation | None = None,
@@ -53,14 +54,14 @@ class SparseLinear:
     ) -> None:
         self._tiling = tiling = tiling or Tiling()
         target = checked_target(tiling.target)
-        if weight.dim() != 2 or chunk < 1:
+        if len(weight.shape) != 2 or chunk < 1:
             raise ConfigError(f"weight of shape {tuple(weight.shape)}, chunk={chunk}; expected (M, K), at least 1")
         self._lanes = target.lanes
         self.chunk = -(-chunk // self._lanes) * self._lanes
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         vectors = tiling.vectors or default_vectors(self.chunk, target)
         block = tiling.block or product_block(weight, vectors, target)
-        self.matrix = CSRBlocks.from_dense(weight, block_columns=block)
+        self.matrix = packed(weight, block, narrow=tiling.narrow)
         self._bias, self._activation, self._value = bias, activation, value
         self._products: dict[tuple[int, bool], SparseProduct] = {}
         self._token_products: dict[int, TokenProduct] = {}
@@ -157,7 +158,7 @@ class SparseLinear:
     def _token_product(self, tokens: int) -> TokenProduct:
         if tokens not in self._token_products:
             if not self._token_products and self.matrix.blocks > 1:
-                self._few = CSRBlocks.from_dense(self.matrix.to_dense())
+                self._few = self.matrix.in_one_block()
             self._token_products[tokens] = TokenProduct(
                 self._few,
                 tokens=tokens,

@@ -5,6 +5,7 @@ llvmlite is an optional dependency; nothing imports it before the first kernel i
 
 import importlib
 import importlib.util
+import itertools
 import os
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 
+_NUMBERS = itertools.count()
 _LOCK = threading.RLock()  # LLVM's set-up and our cache of kernels are not for two threads at once
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
@@ -68,7 +70,10 @@ class MachineCode:
     """A compiled function: its address, and what must live as long as the address is used."""
 
     address: int
-    keep_alive: tuple[Any, ...]
+    keep_alive: Any
+
+
+_ENGINES: dict[str, Any] = {}  # by features; one for all functions, since each takes close to a megabyte
 
 
 def _machine(binding: Any, features: str) -> Any:
@@ -94,11 +99,20 @@ def compile_function(ir_text: str, *, name: str, features: str) -> MachineCode:
     """
     with _LOCK:
         binding = _ready()
+        engine = _ENGINES.get(features)
+        if engine is None:
+            engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine(binding, features))
+            _ENGINES[features] = engine
         module = binding.parse_assembly(ir_text)
         module.verify()
-        engine = binding.create_mcjit_compiler(module, _machine(binding, features))
+        unique = f"{name}_{next(_NUMBERS)}"
+        module.get_function(name).name = unique
+        engine.add_module(module)
         engine.finalize_object()
-        return MachineCode(engine.get_function_address(name), (engine, module))
+        address = engine.get_function_address(unique)
+        engine.remove_module(module)  # the code stays
+        module.close()
+        return MachineCode(address, engine)
 
 
 def assemble(ir_text: str, *, features: str) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
-from sparsetwin.kernels._blocks import CSRBlocks, check_float32
+from sparsetwin.kernels._blocks import CSRBlocks, check_float32, density, packed
+from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, tiled_product
 from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._specification import Activation
@@ -50,13 +51,12 @@ def default_block(length: int, *, kept: float, lines: int, target: Target) -> in
     return -(-length // blocks)
 
 
-def product_block(weight: Tensor, vectors: int, target: Target) -> int:
-    """Return the `default_block` of a dense matrix with zeros, for tiles of so many vectors."""
-    if weight.dim() < 2 or weight.numel() == 0:
-        raise ConfigError(f"a weight of shape {tuple(weight.shape)} has no kernel; expected (M, K)")
-    length = weight[0].numel()
-    kept = int(weight.count_nonzero()) / weight.numel()
-    return default_block(length, kept=kept, lines=vectors, target=target)
+def product_block(weight: KeptWeight | Tensor, vectors: int, target: Target) -> int:
+    """Return the `default_block` of a matrix with zeros, for tiles of so many vectors."""
+    shape = tuple(weight.shape)
+    if len(shape) < 2 or 0 in shape:
+        raise ConfigError(f"a weight of shape {shape} has no kernel; expected (M, K)")
+    return default_block(math.prod(shape[1:]), kept=density(weight), lines=vectors, target=target)
 
 
 class SparseProduct:
@@ -67,7 +67,8 @@ class SparseProduct:
     not reach the result, as it would through a dense product with zeros. Calls may run at once.
 
     Args:
-        weight: The weights; `CSRBlocks`, whose values may be refreshed between calls, or a dense matrix (M, K).
+        weight: The weights; `CSRBlocks`, whose values may be refreshed between calls, a `KeptWeight`, or a dense
+            matrix (M, K).
         columns: Of the activations: tokens or pixels.
         pitch: Elements from row to row of the input; `padded_pitch` of the columns by default.
         bias: (M,), float32.
@@ -81,7 +82,7 @@ class SparseProduct:
 
     def __init__(
         self,
-        weight: CSRBlocks | Tensor,
+        weight: CSRBlocks | KeptWeight | Tensor,
         *,
         columns: int,
         pitch: int | None = None,
@@ -92,10 +93,10 @@ class SparseProduct:
     ) -> None:
         tiling = tiling or Tiling()
         chosen = checked_target(tiling.target)
-        if isinstance(weight, Tensor):
-            check_float32(weight, "the weight")
+        if not isinstance(weight, CSRBlocks):
             width = tiling.vectors or default_vectors(columns, chosen)
-            weight = CSRBlocks.from_dense(weight, block_columns=tiling.block or product_block(weight, width, chosen))
+            block = tiling.block or product_block(weight, width, chosen)
+            weight = packed(weight, block, narrow=tiling.narrow)
         if bias is not None:
             check_float32(bias, "the bias")
             bias = bias.detach().contiguous()

@@ -9,7 +9,7 @@ from enum import IntEnum, auto
 from typing import Any
 
 from sparsetwin.kernels._emitter import Emitter
-from sparsetwin.kernels._specification import ProductSpecification
+from sparsetwin.kernels._specification import VALUE_BYTES, ProductSpecification
 
 _UNROLL = 4  # weights a round of the inner loop
 
@@ -31,6 +31,7 @@ class Argument(IntEnum):
     KEEP = auto()  # int32, (columns,): all ones or zero
     FIRST_COLUMN = auto()  # where tile 0 begins
     LAST_LANES = auto()  # columns in the last vector of a masked tile
+    SCALES = auto()  # float32, (rows,)
 
 
 class _Product:
@@ -38,10 +39,10 @@ class _Product:
 
     def __init__(self, spec: ProductSpecification) -> None:
         self.spec = spec
-        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused)
+        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused, half=spec.target.half)
         self.arguments: dict[Argument, Any] = {}
         pointers = {Argument.ROW_POINTERS, Argument.INDICES, Argument.VALUES, Argument.INPUT, Argument.OUTPUT}
-        pointers |= {Argument.BIAS, Argument.RESIDUAL, Argument.KEEP}
+        pointers |= {Argument.BIAS, Argument.RESIDUAL, Argument.KEEP, Argument.SCALES}
         for argument in Argument:
             load = self.e.argument_pointer if argument in pointers else self.e.argument_int
             self.arguments[argument] = load(argument)
@@ -80,19 +81,18 @@ class _Product:
         activations = e.address(table[Argument.INPUT], column)
         with e.reducing_loop(begin, unrolled_end, sums, step=_UNROLL) as (index, carried, following):
             following += carried
-            for step in range(_UNROLL):
-                self._weight(e.b.add(index, e.int64(step)), step, activations, following)
+            for step, weight in enumerate(self._weights(index)):
+                self._add_products(weight, e.b.add(index, e.int64(step)), step, activations, following)
         with e.reducing_loop(unrolled_end, end, following) as (index, carried, remaining):
             remaining += carried
-            self._weight(index, 0, activations, remaining)
+            self._add_products(e.broadcast(self._value(index)), index, 0, activations, remaining)
         sums = self._add_chains(remaining)
         e.either(last, lambda: self._finish(sums, row, column, output), lambda: self._store_all(sums, output))
 
-    def _weight(self, index: Any, step: int, activations: Any, sums: list[Any]) -> None:
+    def _add_products(self, weight: Any, index: Any, step: int, activations: Any, sums: list[Any]) -> None:
         """Add one weight's products to the sums of its chain, in place."""
         e, spec = self.e, self.spec
         inputs = e.address(activations, self._offset(index))
-        weight = e.broadcast(self._value(index))
         chain = step % spec.chains
         for vector in range(spec.vectors):
             slot = chain * spec.vectors + vector
@@ -106,19 +106,40 @@ class _Product:
         column = e.b.load(e.address(indices, e.b.mul(index, e.int64(2))), typ=e.i16, align=2)
         return e.b.mul(e.b.zext(column, e.i64), e.int64(self.vector_bytes * self.spec.vectors))
 
+    def _weights(self, index: Any) -> list[Any]:
+        """Return the weights of one round, each in all lanes; narrow ones are loaded and widened together."""
+        e, value = self.e, self.spec.value
+        if value == "float32":
+            return [e.broadcast(self._value(e.b.add(index, e.int64(step)))) for step in range(_UNROLL)]
+        stored = e.stored_type(value)
+        entry = e.address(self.arguments[Argument.VALUES], e.b.mul(index, e.int64(VALUE_BYTES[value])))
+        together = e.b.load(entry, typ=e.ir.VectorType(stored, _UNROLL), align=VALUE_BYTES[value])
+        widened = e.widen(together, value)
+        return [e.broadcast_lane(widened, step) for step in range(_UNROLL)]
+
     def _value(self, index: Any) -> Any:
-        e, values = self.e, self.arguments[Argument.VALUES]
-        if self.spec.value == "float32":
-            return e.b.load(e.address(values, e.b.mul(index, e.int64(4))), typ=e.f32, align=4)
-        bits = e.b.load(e.address(values, e.b.mul(index, e.int64(2))), typ=e.i16, align=2)
-        return e.widen_bfloat16(bits)
+        e, value = self.e, self.spec.value
+        size = VALUE_BYTES[value]
+        entry = e.address(self.arguments[Argument.VALUES], e.b.mul(index, e.int64(size)))
+        return e.widen(e.b.load(entry, typ=e.stored_type(value), align=size), value)
 
     def _start(self, row: Any) -> list[Any]:
-        e = self.e
+        """Return what sums begin with: the bias, unless scales come first."""
+        if not self.spec.bias or self.spec.scaled:
+            return [self.e.splat(0.0)] * self.spec.vectors
+        return [self._of_row(Argument.BIAS, row)] * self.spec.vectors
+
+    def _of_row(self, argument: Argument, row: Any) -> Any:
+        """Return a row's number of an array of them, in all lanes."""
+        entry = self.e.address(self.arguments[argument], self.e.b.mul(row, self.e.int64(4)))
+        return self.e.broadcast(self.e.b.load(entry, typ=self.e.f32, align=4))
+
+    def _scaled(self, sums: list[Any], row: Any) -> list[Any]:
+        scale = self._of_row(Argument.SCALES, row)
         if not self.spec.bias:
-            return [e.splat(0.0)] * self.spec.vectors
-        entry = e.address(self.arguments[Argument.BIAS], e.b.mul(row, e.int64(4)))
-        return [e.broadcast(e.b.load(entry, typ=e.f32, align=4))] * self.spec.vectors
+            return [self.e.b.fmul(vector, scale) for vector in sums]
+        bias = self._of_row(Argument.BIAS, row)
+        return [self.e.multiply_add(vector, scale, bias) for vector in sums]
 
     def _add_chains(self, sums: list[Any]) -> list[Any]:
         while len(sums) > self.spec.vectors:
@@ -127,8 +148,10 @@ class _Product:
         return sums
 
     def _finish(self, sums: list[Any], row: Any, column: Any, output: Any) -> list[Any]:
-        """Do what the last block does at the store: residual, activation, mask of columns."""
+        """Do what the last block does at the store: scale, residual, activation, mask of columns."""
         e, table, spec = self.e, self.arguments, self.spec
+        if spec.scaled:
+            sums = self._scaled(sums, row)
         if spec.residual:
             residual = e.address(table[Argument.RESIDUAL], e.b.mul(row, table[Argument.RESIDUAL_PITCH]))
             added = self._load_all(e.address(residual, column))

@@ -9,11 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetwin.kernels._geometry import ConvolutionGeometry
+from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._specification import Activation
 
 
+def reference_weight(weight: KeptWeight) -> tuple[Tensor, Tensor]:
+    """Return a weight's numbers and which are kept, bit by bit.
+
+    Returns:
+        Dense float64 with zeros for pruned weights, and bool, both of the weight's shape.
+    """
+    dense = torch.zeros(weight.numel, dtype=torch.float64)
+    keep = torch.zeros(weight.numel, dtype=torch.bool)
+    values, bits = iter(weight.values.double().tolist()), weight.bits.tolist()
+    for index in range(weight.numel):
+        if bits[index // 8] >> (index % 8) & 1:
+            row = index // (weight.numel // weight.shape[0])
+            dense[index] = next(values) * (1.0 if weight.scales is None else float(weight.scales[row]))
+            keep[index] = True
+    return dense.reshape(weight.shape), keep.reshape(weight.shape)
+
+
 def reference_product(
-    weight: Tensor,
+    weight: KeptWeight | Tensor,
     x: Tensor,
     *,
     keep: Tensor | None = None,
@@ -24,7 +42,7 @@ def reference_product(
     """Return ``activation(W x + bias + residual)`` over the kept weights.
 
     Args:
-        weight: (M, K).
+        weight: (M, K), dense or kept.
         x: (K, N).
         keep: Bool, (M, K); weights that are not zero by default.
         bias: (M,).
@@ -34,6 +52,8 @@ def reference_product(
     Returns:
         (M, N), float64.
     """
+    if isinstance(weight, KeptWeight):
+        weight, keep = reference_weight(weight)
     kept = weight != 0 if keep is None else keep
     rows = []
     for row in range(weight.shape[0]):
@@ -48,7 +68,7 @@ def reference_product(
 
 
 def reference_convolution(
-    weight: Tensor,
+    weight: KeptWeight | Tensor,
     x: Tensor,
     *,
     geometry: ConvolutionGeometry,
@@ -59,7 +79,7 @@ def reference_convolution(
     """Return ``activation(conv2d(x, W) + bias + residual)`` for finite x: dense, with zeros for pruned weights.
 
     Args:
-        weight: (out, in / groups, kh, kw).
+        weight: (out, in / groups, kh, kw), dense or kept.
         x: (N, in, H, W).
         geometry: Stride, padding, dilation, groups.
         bias: (out,).
@@ -69,6 +89,8 @@ def reference_convolution(
     Returns:
         (N, out, OH, OW), float64.
     """
+    if isinstance(weight, KeptWeight):
+        weight, _ = reference_weight(weight)
     y = F.conv2d(
         x.double(),
         weight.double(),

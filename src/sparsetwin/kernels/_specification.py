@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.kernels._target import Target
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 IndexFormat = Literal["offset32", "column16"]
-ValueFormat = Literal["float32", "bfloat16"]
+ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
 _CHOICES = {
     "index": IndexFormat,
     "value": ValueFormat,
@@ -26,7 +28,8 @@ class ProductSpecification:
     vectors: int  # accumulators a row, contiguous columns; a tile has lanes * vectors columns
     chains: int = 1  # independent sums a column, so that few vectors do not wait for each other
     index: IndexFormat = "offset32"  # byte offset of the activation row, or its number
-    value: ValueFormat = "float32"  # of the weights
+    value: ValueFormat = "float32"  # of the weights; narrower ones are widened on the way to the multiply-adds
+    scaled: bool = False  # whether a row's sums are multiplied with its scale, before the bias is added
     element: str = "float32"  # of the activations; float16 belongs here, with float32 accumulators between blocks
     accumulator: str = "float32"
     bias: bool = False
@@ -48,6 +51,20 @@ class ProductSpecification:
             )
         if self.lanes not in (1, 2, 4, 8, 16, 32):
             raise ConfigError(f"lanes={self.lanes} is not a power of two up to 32")
+
+
+VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_FORMATS: dict[torch.dtype, ValueFormat] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8",
+}
+
+
+def value_format(values: torch.Tensor) -> ValueFormat:
+    """Return the format that kept values have in memory."""
+    return _FORMATS[values.dtype]
 
 
 def max_vectors(target: Target) -> int:

@@ -21,6 +21,7 @@ class Target:
     lanes: int
     registers: int
     fused: bool  # multiply-add in one instruction
+    half: bool = False  # turns float16 into float32 in one instruction
     expands: bool = False  # loads packed float32 numbers into the lanes of a mask; with VBMI2 also 16-bit ones
 
     @property
@@ -32,22 +33,32 @@ class Target:
 AVX512 = Target(
     name="avx512",
     architectures=("x86_64", "amd64"),
-    features=("avx2", "fma", "bmi", "bmi2", "popcnt", "avx512f", "avx512vl", "avx512bw", "avx512dq"),
+    features=("avx2", "fma", "f16c", "bmi", "bmi2", "popcnt", "avx512f", "avx512vl", "avx512bw", "avx512dq"),
     lanes=16,
     registers=32,
     fused=True,
+    half=True,
     expands=True,
 )
 AVX512_VBMI2 = replace(AVX512, name="avx512vbmi2", features=(*AVX512.features, "avx512vbmi2"))
 AVX2 = Target(
     name="avx2",
     architectures=("x86_64", "amd64"),
-    features=("avx2", "fma", "bmi", "bmi2", "popcnt"),
+    features=("avx2", "fma", "f16c", "bmi", "bmi2", "popcnt"),
     lanes=8,
     registers=16,
     fused=True,
+    half=True,
 )
-NEON = Target(name="neon", architectures=("aarch64", "arm64"), features=("neon",), lanes=4, registers=32, fused=True)
+NEON = Target(
+    name="neon",
+    architectures=("aarch64", "arm64"),
+    features=("neon",),
+    lanes=4,
+    registers=32,
+    fused=True,
+    half=True,
+)
 GENERIC = Target(name="generic", architectures=(), features=(), lanes=4, registers=16, fused=False)
 
 _BEST_FIRST = (AVX512_VBMI2, AVX512, AVX2, NEON, GENERIC)

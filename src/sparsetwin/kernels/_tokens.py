@@ -1,8 +1,8 @@
 """One to eight tokens against a sparse matrix: few activations, so what counts is the bytes of the weights.
 
-Two formats. ``columns``: a 16-bit column and a value for each kept weight, 6 bytes in float32 and 4 in bfloat16; lanes
-over tokens. ``bitmask``: one bit for each weight and a value for each kept one; lanes over columns, for targets that
-unpack values by a mask. Values in bfloat16 are rounded once, when the product is made; sums are float32.
+Two formats. ``columns``: a 16-bit column and a value for each kept weight, 6 bytes in float32 and 3 in int8; lanes over
+tokens. ``bitmask``: one bit for each weight and a value for each kept one; lanes over columns, for targets that unpack
+values by a mask. Values in bfloat16 or float16 are rounded once, when the product is made; sums are float32.
 """
 
 import ctypes
@@ -21,17 +21,24 @@ from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._launch import chains, run_pieces, worth_threads
 from sparsetwin.kernels._pool import Piece, Pool
 from sparsetwin.kernels._product_ir import Argument
-from sparsetwin.kernels._specification import Activation, ProductSpecification, ValueFormat
+from sparsetwin.kernels._specification import (
+    VALUE_BYTES,
+    Activation,
+    ProductSpecification,
+    ValueFormat,
+    value_format,
+)
 from sparsetwin.kernels._target import Target, checked_target
 
 TokenFormat = Literal["columns", "bitmask"]
 MAX_TOKENS = 8
 COLUMNS_LIMIT = 1 << 16
+_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_format(density: float, *, value: ValueFormat, target: Target) -> TokenFormat:
     """Return the format with fewer bytes a weight among those that a target is fast at."""
-    size = 2 if value == "bfloat16" else 4
+    size = VALUE_BYTES[value]
     unpacks = target.expands if value == "float32" else "avx512vbmi2" in target.features
     return "bitmask" if unpacks and size * density + 1 / 8 < (size + 2) * density else "columns"
 
@@ -42,11 +49,11 @@ class TokenProduct:
     Pruned weights pass nothing on, as in `SparseProduct`. Calls may run at once.
 
     Args:
-        weight: (M, K), float32, K at most 65,536; or `CSRBlocks` of one block.
+        weight: (M, K), float32, K at most 65,536; or `CSRBlocks` of one block, whose narrow values stay as they are.
         tokens: Rows of x, 1 to 8.
         bias: (M,), float32.
         activation: Fused at the store.
-        value: How weights are stored.
+        value: How float32 weights are stored: so, or rounded to ``"bfloat16"`` or ``"float16"``.
         layout: ``"columns"`` or ``"bitmask"``; `default_format` by default.
         target: What to compile for, or its name; this machine's best by default.
 
@@ -78,12 +85,17 @@ class TokenProduct:
                 raise ConfigError(f"the bias has shape {tuple(bias.shape)}; expected ({matrix.rows},)")
         self.matrix = matrix
         self.tokens = tokens
+        if matrix.values.dtype != torch.float32:
+            value = value_format(matrix.values)
+        elif value not in ("float32", *_ROUNDED):
+            raise ConfigError(f"value={value!r}; expected 'float32', {', '.join(map(repr, _ROUNDED))}")
         density = matrix.kept / (matrix.rows * matrix.columns)
         self.layout = layout or default_format(density, value=value, target=chosen)
         self._bias = bias
-        if value not in ("float32", "bfloat16"):
-            raise ConfigError(f"value={value!r}; expected 'float32' or 'bfloat16'")
-        self._values = matrix.values if value == "float32" else padded(matrix.values.to(torch.bfloat16))
+        self._scales = matrix.scales
+        self._values = matrix.values
+        if value in _ROUNDED and matrix.values.dtype == torch.float32:
+            self._values = padded(matrix.values.to(_ROUNDED[value]))
         make = {"columns": self._make_columns, "bitmask": self._make_bitmask}.get(self.layout)
         if make is None:
             raise ConfigError(f"layout={layout!r}; expected 'columns' or 'bitmask'")
@@ -128,6 +140,7 @@ class TokenProduct:
                 chains=chains(vectors),
                 index="column16",
                 value=value,
+                scaled=self._scales is not None,
                 bias=self._bias is not None,
                 activation=activation,
             )
@@ -153,6 +166,7 @@ class TokenProduct:
         table[Argument.OUTPUT] = out.data_ptr()
         table[Argument.OUTPUT_PITCH] = 4 * wide
         table[Argument.BIAS] = self._bias.data_ptr() if self._bias is not None else 0
+        table[Argument.SCALES] = self._scales.data_ptr() if self._scales is not None else 0
         self._launch(compiled, ctypes.addressof(table), pool)
         return out if wide == 1 else out[:, : self.tokens].t().contiguous()
 
@@ -171,6 +185,7 @@ class TokenProduct:
                 lanes=lanes,
                 tokens=self.tokens,
                 value=value,
+                scaled=self._scales is not None,
                 bias=self._bias is not None,
                 activation=activation,
             )
@@ -190,6 +205,7 @@ class TokenProduct:
         table[BitmaskArgument.OUTPUT] = out.data_ptr()
         table[BitmaskArgument.OUTPUT_PITCH] = 4 * matrix.rows
         table[BitmaskArgument.BIAS] = self._bias.data_ptr() if self._bias is not None else 0
+        table[BitmaskArgument.SCALES] = self._scales.data_ptr() if self._scales is not None else 0
         self._launch(compiled, ctypes.addressof(table), pool)
         return out
 

@@ -1,8 +1,9 @@
 """Calls as data: leaves and their structure, bound to the model's signature; what makes two calls alike."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,17 @@ class Caller:
         return Call(arguments, named, leaves, call_key(leaves, spec))
 
 
+def quick_key(arguments: tuple[Any, ...]) -> Any:
+    """Return what tells apart calls with plain tensors alone, by position; None for all others.
+
+    It is much cheaper than a `Call`, and says as much: who finds a plan by it has nothing left to check.
+    """
+    for leaf in arguments:
+        if type(leaf) is not Tensor or leaf.requires_grad or not leaf.is_cpu:
+            return None
+    return tuple([(leaf.shape, leaf.dtype) for leaf in arguments])
+
+
 def call_key(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """Return what calls of one plan have in common: structure, shapes, dtypes, and the values of plain data."""
     shapes: list[Any] = []
@@ -118,19 +130,26 @@ def _is_plain(spec: pytree.TreeSpec) -> bool:
     return all(_is_plain(child) for child in spec.children())
 
 
-def is_finite(leaves: Sequence[Any]) -> bool:
-    """Tell whether every floating-point tensor among leaves has finite numbers only."""
+def is_finite(result: Any) -> bool:
+    """Tell whether every floating-point tensor in a result has finite numbers only."""
+    leaves = (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result)
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
-        if not bool(leaf.sum().isfinite()) and not bool(leaf.isfinite().all()):  # a sum may overflow
+        if not math.isfinite(leaf.sum().item()) and not bool(leaf.isfinite().all()):  # a sum may overflow
             return False
     return True
 
 
-@contextmanager
-def plain_mode() -> Iterator[None]:
+def plain_mode() -> AbstractContextManager[Any]:
     """Run without gradients, and without the caller's autocast and inference mode: memory here outlives both."""
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
+        return _outside()
+    return torch.no_grad()
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

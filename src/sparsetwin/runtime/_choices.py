@@ -22,7 +22,7 @@ from sparsetwin.runtime._dense import TensorEngine, tensor_function, worth_tryin
 from sparsetwin.runtime._graph import Convolution, GlobalMean, Graph, Layer, Linear, Node, Torch
 from sparsetwin.runtime._layouts import lay_out
 from sparsetwin.runtime._lowering import Form, Lowered, can_use_planes, lower
-from sparsetwin.runtime._products import DEFAULT, Packed, activation_of, density_of
+from sparsetwin.runtime._products import DEFAULT, Packed, activation_of, density_of, is_narrow
 from sparsetwin.runtime._program import Program
 from sparsetwin.runtime._segments import bind
 from sparsetwin.runtime._sheets import Sheet, pack_image, pixels, sheet_of, unpack_image
@@ -31,6 +31,7 @@ from sparsetwin.runtime._steps import Pool as PoolStep
 from sparsetwin.runtime._timing import shortest
 
 Engine = Literal["planes", "rows", "dense"]
+Prefer = Literal["time", "memory"]
 _NEVER = 1e6  # seconds
 _TUNED = 1e-4  # seconds that a layer takes at least to be worth other tilings
 
@@ -40,7 +41,8 @@ class Choice:
     """What runs a node, and the seconds that were measured for each engine."""
 
     engine: Engine
-    tiling: Tiling = DEFAULT
+    tiling: Tiling = DEFAULT  # on planes
+    rows: Tiling = DEFAULT  # on rows of tokens
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -57,9 +59,10 @@ def make_program(graph: Graph, choices: Choices, *, packed: Packed, threads: int
     pool = Pool(threads) if threads > 1 else None
 
     def function(node: Node) -> Any:
-        engine = choices[node.output].engine
-        assert engine != "planes"
-        return tensor_function(node, graph.values[node.inputs[0]] if node.inputs else None, engine, pool)
+        choice = choices[node.output]
+        assert choice.engine != "planes"
+        value = graph.values[node.inputs[0]] if node.inputs else None
+        return tensor_function(node, value, choice.engine, tiling=choice.rows, pool=pool)
 
     return Program(
         graph,
@@ -78,15 +81,16 @@ def all_dense(choices: Choices) -> Choices:
 
 
 @torch.no_grad()
-def measured_choices(graph: Graph, *, packed: Packed, threads: int) -> Choices:
+def measured_choices(graph: Graph, *, packed: Packed, threads: int, prefer: Prefer = "time") -> Choices:
     """Return the fastest choice for every node, conversions between planes and tensors counted.
 
     Args:
         graph: The network, fused.
-        packed: Takes the matrices of the tilings that are tried.
+        packed: Takes the matrices of the best tilings.
         threads: Of the kernels.
+        prefer: Whether narrow values run where they are faster, or wherever a sparse kernel runs.
     """
-    measure = _Measure(graph, packed, threads)
+    measure = _Measure(graph, packed, threads, prefer)
     found = {node.output: measure.node(node) for node in graph.nodes if not isinstance(node.operation, Torch)}
     found |= {node.output: Choice(engine="dense") for node in graph.nodes if isinstance(node.operation, Torch)}
     return _cheapest(graph, found, measure)
@@ -105,8 +109,8 @@ def all_planes(graph: Graph, choices: Choices) -> Choices:
 class _Measure:
     """Times nodes on random activations; equal work is timed once."""
 
-    def __init__(self, graph: Graph, packed: Packed, threads: int) -> None:
-        self.graph, self.packed, self.threads = graph, packed, threads
+    def __init__(self, graph: Graph, packed: Packed, threads: int, prefer: Prefer) -> None:
+        self.graph, self.packed, self.threads, self.prefer = graph, packed, threads, prefer
         self.pool = Pool(threads) if threads > 1 else None
         self.generator = torch.Generator().manual_seed(0)
         self.known: dict[Any, float] = {}
@@ -114,15 +118,34 @@ class _Measure:
     def node(self, node: Node) -> Choice:
         """Return the measured seconds of a node, its best tiling, and the faster engine on tensors."""
         seconds = {"dense": self._dense(node)}
-        tiling = DEFAULT
+        tiling = rows = DEFAULT
         layer = isinstance(node.operation, Layer)
         sparse = not layer or worth_trying(node, density_of(node))
         if sparse and can_use_planes(self.graph, node):
-            tiling, seconds["planes"] = self._planes(node)
+            tried = self._planes(node)
+            tiling = self._note("planes", tried, seconds)
+            self.packed.drop_others(node, tiling)
         if sparse and isinstance(node.operation, Linear):
-            seconds["rows"] = self._timed_tensor(node, "rows")
+            wanted = self._storages(node, DEFAULT)
+            rows = self._note("rows", {one: self._timed_tensor(node, "rows", one) for one in wanted}, seconds)
         faster: Engine = "rows" if seconds.get("rows", _NEVER) < seconds["dense"] else "dense"
-        return Choice(engine=faster, tiling=tiling, seconds=seconds)
+        return Choice(engine=faster, tiling=tiling, rows=rows, seconds=seconds)
+
+    def _storages(self, node: Node, tiling: Tiling) -> list[Tiling]:
+        """Return a tiling with each way to store values that takes part."""
+        if not is_narrow(node):
+            return [tiling]
+        narrow = replace(tiling, narrow=True)
+        return [narrow] if self.prefer == "memory" else [tiling, narrow]
+
+    def _note(self, engine: str, tried: Mapping[Tiling, float], seconds: dict[str, float]) -> Tiling:
+        """Enter the seconds of an engine, those with narrow values by themselves too; return the best tiling."""
+        best = min(tried, key=tried.__getitem__)
+        seconds[engine] = tried[best]
+        narrow = [found for tiling, found in tried.items() if tiling.narrow]
+        if narrow:
+            seconds[f"{engine}, narrow values"] = min(narrow)
+        return best
 
     def conversion(self, value: int) -> tuple[float, float]:
         """Return the seconds from planes to a tensor and back."""
@@ -150,10 +173,10 @@ class _Measure:
             self.known[key] = self._timed_tensor(node, "dense")
         return self.known[key]
 
-    def _timed_tensor(self, node: Node, engine: TensorEngine) -> float:
+    def _timed_tensor(self, node: Node, engine: TensorEngine, tiling: Tiling = DEFAULT) -> float:
         value = self.graph.values[node.inputs[0]]
         inputs = [self._tensor(read, blocked=isinstance(node.operation, Convolution)) for read in node.inputs]
-        run = tensor_function(node, value, engine, self.pool)
+        run = tensor_function(node, value, engine, tiling=tiling, pool=self.pool)
         return shortest(lambda: run(*inputs), threads=self.threads)
 
     def _tensor(self, value: int, *, blocked: bool) -> Tensor:
@@ -166,8 +189,8 @@ class _Measure:
         """Return how many times the time of one image on one thread passes for all images."""
         return -(-images // self.threads) if images >= self.threads else images
 
-    def _planes(self, node: Node) -> tuple[Tiling, float]:
-        """Return the best tiling of a node on planes and its seconds, the splitting of its input included."""
+    def _planes(self, node: Node) -> dict[Tiling, float]:
+        """Return the seconds of a node on planes, the splitting of its input included, with each tiling tried."""
         single = Graph(nodes=(node,), values=self.graph.values, inputs=node.inputs, outputs=(), out_spec=None)
         lowered = lower(single, {node.output: "planes"})
         images = lowered.sheets[0].images
@@ -177,12 +200,17 @@ class _Measure:
             key = ("planes", type(node.operation), *lowered.sheets.values(), activation_of(node))
             if key not in self.known:
                 self.known[key] = share * bench.seconds(DEFAULT)
-            return DEFAULT, self.known[key]
-        seconds = {DEFAULT: bench.seconds(DEFAULT)}
-        if seconds[DEFAULT] > _TUNED:
-            seconds |= {tiling: bench.seconds(tiling) for tiling in bench.other_tilings()}
-        best = min(seconds, key=seconds.__getitem__)
-        return best, share * seconds[best]
+            return {DEFAULT: self.known[key]}
+        first = self._storages(node, DEFAULT)
+        seconds = {tiling: bench.seconds(tiling) for tiling in first}
+        if seconds[first[0]] > _TUNED:
+            for tiling in bench.other_tilings():
+                tiling = replace(tiling, narrow=first[0].narrow)
+                seconds[tiling] = bench.seconds(tiling)
+            best = min(seconds, key=seconds.__getitem__)
+            if len(first) > 1 and not best.narrow and best not in first:
+                seconds[replace(best, narrow=True)] = bench.seconds(replace(best, narrow=True))
+        return {tiling: share * found for tiling, found in seconds.items()}
 
 
 class _Bench:

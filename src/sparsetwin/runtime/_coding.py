@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsetwin.errors import CheckpointError, UsageError
-from sparsetwin.kernels import CSRBlocks
+from sparsetwin.errors import CheckpointError, ConfigError, UsageError
+from sparsetwin.kernels import CSRBlocks, KeptWeight
 from sparsetwin.runtime._graph import (
     Activate,
     Add,
@@ -163,48 +163,28 @@ def encoded_matrix(matrix: CSRBlocks, store: Store) -> Json:
         "rows": matrix.rows,
         "columns": matrix.columns,
         "block_columns": matrix.block_columns,
-        "row_pointers": store.put(matrix.row_pointers),
-        "positions": store.put(matrix.positions),
+        "bits": store.put(matrix.bits),
         "values": store.put(padded(matrix.values)),
+        "scales": None if matrix.scales is None else store.put(matrix.scales),
     }
 
 
 def decoded_matrix(found: Json, tensors: Mapping[str, Tensor]) -> CSRBlocks:
-    """Return what `encoded_matrix` wrote, on the memory of the file, after a check of every index.
+    """Return what `encoded_matrix` wrote, on the memory of the file; where weights lie is what its bits say.
 
     Raises:
-        CheckpointError: If an array does not fit the others: kernels read where it points.
+        CheckpointError: If an array does not fit the others.
     """
     try:
         rows, columns, width = (int(found[name]) for name in ("rows", "columns", "block_columns"))
-        pointers, positions, values = (tensors[found[name]] for name in ("row_pointers", "positions", "values"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the file's packed weights are damaged: {error!r}") from error
-    sizes = 1 <= width <= columns and rows >= 1 and rows * columns < 2**31
-    kinds = (pointers.dtype, positions.dtype, values.dtype) == (torch.int32, torch.int32, torch.float32)
-    if not sizes or not kinds or pointers.shape != (-(-columns // width), rows + 1):
-        raise CheckpointError("the file's packed weights are damaged: sizes or dtypes do not fit")
-    kept = positions.numel()
-    flat = pointers.reshape(-1).long()
-    whole = positions.dim() == 1 and values.shape == (kept + _PADDING,)
-    if not whole or int(flat[0]) != 0 or int(flat[-1]) != kept or bool((flat.diff() < 0).any()):
-        raise CheckpointError("the file's packed weights are damaged: row pointers do not fit the weights")
-    if bool((pointers[1:, 0] != pointers[:-1, -1]).any()):
-        raise CheckpointError("the file's packed weights are damaged: row pointers do not fit the weights")
-    counts = pointers.long().diff(dim=1).reshape(-1)
-    order = torch.arange(counts.numel())
-    row = torch.repeat_interleave(order % rows, counts)
-    block = torch.repeat_interleave(order // rows, counts)
-    if bool((positions // columns != row).any()) or bool((positions % columns // width != block).any()):
-        raise CheckpointError("the file's packed weights are damaged: a weight lies outside its row or block")
-    return CSRBlocks(
-        rows=rows,
-        columns=columns,
-        block_columns=width,
-        row_pointers=pointers,
-        positions=positions,
-        values=values[:kept],
-    )
+        bits, values = tensors[found["bits"]], tensors[found["values"]]
+        scales = None if found["scales"] is None else tensors[found["scales"]]
+        if values.dim() != 1 or values.numel() < _PADDING:
+            raise ConfigError(f"values of shape {tuple(values.shape)}")
+        values = values[: values.numel() - _PADDING]
+        return CSRBlocks.from_parts((rows, columns), bits=bits, values=values, scales=scales, block_columns=width)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the file's packed weights are damaged: {error}") from error
 
 
 def _encoded_operation(operation: Operation, store: Store) -> Json:
@@ -263,6 +243,10 @@ def _encoded(found: Any, store: Store) -> Json:
         if found.is_meta:
             return {"packed": list(found.shape)}
         return {"tensor": store.put(found)}
+    if isinstance(found, KeptWeight):
+        scales = None if found.scales is None else store.put(found.scales)
+        parts = {"shape": list(found.shape), "bits": store.put(found.bits), "values": store.put(found.values)}
+        return {"kept": {**parts, "scales": scales}}
     if isinstance(found, (tuple, list)):
         return {type(found).__name__: [_encoded(part, store) for part in found]}
     if isinstance(found, Mapping):
@@ -290,6 +274,13 @@ def _decoded(found: Json, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[content]
         case "packed":
             return torch.empty(tuple(map(int, content)), device="meta")
+        case "kept":
+            return KeptWeight(
+                shape=tuple(map(int, content["shape"])),
+                bits=tensors[content["bits"]],
+                values=tensors[content["values"]],
+                scales=None if content["scales"] is None else tensors[content["scales"]],
+            )
         case "tuple":
             return tuple(_decoded(part, tensors) for part in content)
         case "list":

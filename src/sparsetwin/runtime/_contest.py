@@ -10,6 +10,8 @@ from torch import nn
 
 from sparsetwin.runtime._calls import Call
 from sparsetwin.runtime._graph import Graph
+from sparsetwin.runtime._int8_rival import NAME, int8_runner
+from sparsetwin.runtime._network import Network
 from sparsetwin.runtime._rivals import (
     NotHereError,
     Runner,
@@ -29,8 +31,12 @@ class Terms(Protocol):
     """What a contest needs to know from a planner."""
 
     @property
-    def model(self) -> nn.Module:
-        """The original network."""
+    def network(self) -> Network:
+        """What is deployed."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether all weights may be there dense at once."""
 
     @property
     def threads(self) -> int:
@@ -43,6 +49,10 @@ class Terms(Protocol):
     @property
     def rivals(self) -> tuple[str, ...]:
         """Dense engines besides eager PyTorch."""
+
+    @property
+    def calibration(self) -> tuple[Call, ...]:
+        """Batches with which an int8 rival is made; none: there is no such rival."""
 
     def swapped(self) -> nn.Module:
         """Return the model with sparse linears in place, or itself."""
@@ -60,27 +70,41 @@ class Contest:
 
     def __init__(self, terms: Terms, call: Call, graph: Graph | None, *, quick: bool) -> None:
         self.terms, self.call, self.graph, self.quick = terms, call, graph, quick
+        self._model: nn.Module | None = None
         self.runners: dict[str, Runner] = {}
         self.skipped: dict[str, str] = {}
+        self.notes: list[str] = []
 
     @torch.no_grad()
     def seconds(self, programs: Mapping[str, Runner]) -> dict[str, float]:
         """Return the median seconds of each way to run the call."""
         self.runners |= programs
-        self._add_eager()
+        if self.terms.dense or not programs:
+            self._add_eager()
+        else:
+            self.skipped["eager"] = "the network stays in its file; name rivals to hold it dense for a while"
         rounds = _QUICK_ROUNDS if self.quick else _ROUNDS
         found = self._race(tuple(self.runners), rounds)
         if not self.quick:
             self._add_slow(found)
+            if self.terms.calibration:
+                self._add_int8(found)
         return found
+
+    @property
+    def model(self) -> nn.Module:
+        """The original network, for as long as the contest lasts."""
+        if self._model is None:
+            self._model = self.terms.network.model()
+        return self._model
 
     def _race(self, names: tuple[str, ...], rounds: int) -> dict[str, float]:
         contestants = {name: partial(self.runners[name], self.call) for name in names}
         return race(contestants, rounds=rounds, threads=self.terms.threads)
 
     def _add_eager(self) -> None:
-        model = self.terms.model
-        if self.terms.swapped() is not model:
+        model = self.model
+        if self.terms.network.in_memory and self.terms.swapped() is not model:
             self.runners["layer by layer"] = eager_runner(self.terms.swapped())
         self.runners["eager"] = eager_runner(model)
         if self.quick:
@@ -91,14 +115,18 @@ class Contest:
         if self.terms.reduced:
             self.runners["eager bfloat16"] = bfloat16_runner(model)
 
+    def _compiled(self, reduced: bool) -> Runner:
+        return compiled_runner(self.model, self.call, reduced=reduced)
+
+    def _openvino(self, reduced: bool) -> Runner:
+        return openvino_runner(self.model, self.call, threads=self.terms.threads, reduced=reduced)
+
     def _add_slow(self, seconds: dict[str, float]) -> None:
         """Time what takes long to prepare, unless no dense engine can be as fast as what was found already."""
         for reduced in (False, True) if self.terms.reduced else (False,):
             makers: dict[str, Callable[[], Runner]] = {
-                "compile": partial(compiled_runner, self.terms.model, self.call, reduced=reduced),
-                "openvino": partial(
-                    openvino_runner, self.terms.model, self.call, threads=self.terms.threads, reduced=reduced
-                ),
+                "compile": partial(self._compiled, reduced),
+                "openvino": partial(self._openvino, reduced),
             }
             dtype = torch.bfloat16 if reduced else torch.float32
             bound = dense_bound(self.graph, dtype) if self.graph is not None and self.terms.rivals else 0.0
@@ -115,6 +143,25 @@ class Contest:
                 except NotHereError as reason:
                     self.skipped[name] = str(reason)
                     continue
-                fastest = min(seconds, key=seconds.__getitem__)
-                found = self._race((fastest, name), _ROUNDS)
-                seconds[name] = found[name] * seconds[fastest] / found[fastest]  # as the others were timed
+                self._time_late(name, seconds)
+
+    def _add_int8(self, seconds: dict[str, float]) -> None:
+        """Time ONNX Runtime in int8, if its results are near enough."""
+        calibration = self.terms.calibration
+        try:
+            run, found = int8_runner(self.model, self.call, calibration=calibration, threads=self.terms.threads)
+        except NotHereError as reason:
+            self.skipped[NAME] = str(reason)
+            return
+        self.notes.append(f"{NAME}: {found}")
+        if found.is_enough:
+            self.runners[NAME] = run
+            self._time_late(NAME, seconds)
+        else:
+            self.skipped[NAME] = f"too far from float32: {found}"
+
+    def _time_late(self, name: str, seconds: dict[str, float]) -> None:
+        """Time one more runner against the fastest so far."""
+        fastest = min(seconds, key=seconds.__getitem__)
+        found = self._race((fastest, name), _ROUNDS)
+        seconds[name] = found[name] * seconds[fastest] / found[fastest]  # as the others were timed

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetwin.kernels import Activation, Pool, SparseLinear
-from sparsetwin.runtime._graph import Convolution, Layer, Linear, Node, Value
+from sparsetwin.kernels import Activation, Pool, SparseLinear, Tiling
+from sparsetwin.runtime._graph import Convolution, Layer, Linear, Node, Value, with_weight
 from sparsetwin.runtime._plain import activate, apply
 
 Function = Callable[..., Tensor]
@@ -23,19 +23,24 @@ _NAMES: dict[Activation | None, tuple[str, str]] = {  # as oneDNN calls them
 TensorEngine = Literal["dense", "rows"]
 
 
-def tensor_function(node: Node, value: Value | None, engine: TensorEngine, pool: Pool | None = None) -> Function:
+def tensor_function(
+    node: Node, value: Value | None, engine: TensorEngine, *, tiling: Tiling, pool: Pool | None = None
+) -> Function:
     """Return what runs a node on tensors.
 
     Args:
         node: Not one that PyTorch runs as it is.
         value: The node's first input.
         engine: ``rows`` is the sparse kernel on rows of tokens, for linear layers.
+        tiling: How that is cut.
         pool: Its threads.
     """
     operation = node.operation
     if engine == "rows":
         assert isinstance(operation, Linear)
-        return sparse_rows(operation, pool)
+        return sparse_rows(operation, tiling, pool)
+    if isinstance(operation, Layer):
+        operation = with_weight(operation)
     if isinstance(operation, Convolution) and value is not None:
         return _prepared(operation, value.shape) or _convolution(operation)
     if isinstance(operation, Linear):
@@ -43,9 +48,10 @@ def tensor_function(node: Node, value: Value | None, engine: TensorEngine, pool:
     return lambda *inputs: apply(operation, inputs)
 
 
-def sparse_rows(operation: Linear, pool: Pool | None) -> Function:
+def sparse_rows(operation: Linear, tiling: Tiling, pool: Pool | None) -> Function:
     """Return a sparse linear layer that takes tokens by features."""
-    layer = SparseLinear(operation.weight, bias=operation.bias, activation=operation.activation)
+    weight = operation.weight if operation.kept is None else operation.kept
+    layer = SparseLinear(weight, bias=operation.bias, activation=operation.activation, tiling=tiling)
     if not operation.residual:
         return partial(layer, pool=pool)
     return lambda x, residual: layer(x, residual=residual, pool=pool)

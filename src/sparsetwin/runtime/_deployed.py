@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from sparsetwin.errors import SparsityWarning, UsageError
-from sparsetwin.runtime._calls import Call, Caller, is_finite, plain_mode
+from sparsetwin.runtime._calls import Call, Caller, is_finite, plain_mode, quick_key
 from sparsetwin.runtime._entries import Entry
 from sparsetwin.runtime._file import save_entries
 from sparsetwin.runtime._plan import Plan
@@ -45,8 +44,8 @@ class Source(Protocol):
     def reference(self, call: Call) -> Any:
         """Compute a call densely, in float32."""
 
-    def without_plan(self) -> Runner | None:
-        """Return what runs calls that are not planned, if there is such a thing."""
+    def without_plan(self, call: Call) -> Runner | None:
+        """Return what runs calls like this one without a plan, if there is such a thing."""
 
     def swapped(self) -> nn.Module:
         """Return the model with sparse linears in place."""
@@ -67,6 +66,7 @@ class Deployed(nn.Module):
         self._source = _Hidden(source)
         self._caller = Caller(source.signature)
         self._first = entries[0]
+        self._quick: dict[Any, Entry] = {}  # by `quick_key`: entries that were found before
         self._entries: dict[Any, Entry] = {entry.call.key: entry for entry in entries if entry.call.key is not None}
         self._warned = False
 
@@ -90,21 +90,33 @@ class Deployed(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Do what the model does."""
-        call = self._caller.call(arguments, named)
+        key = None if named else quick_key(arguments)
+        entry = self._quick.get(key)
+        if entry is not None:
+            call = Call(arguments, named, arguments, entry.call.key)
+        else:
+            call = self._caller.call(arguments, named)
         with plain_mode():
-            entry = self._entries.get(call.key) if call.key is not None else None
             if entry is None:
-                entry = self._prepare(call)
+                entry = self._found(call)
+                if key is not None and call.key in self._entries:
+                    self._quick[key] = entry
             result = entry.run(call)
-            if is_finite(pytree.tree_leaves(result)):
+            if is_finite(result):
                 return result
             return self._again(call)
+
+    def _found(self, call: Call) -> Entry:
+        """Return what runs a call, planned now if it is the first of its kind."""
+        found = self._entries.get(call.key) if call.key is not None else None
+        return self._prepare(call) if found is None else found
 
     def prepare(self, *arguments: Any, **named: Any) -> Plan:
         """Plan calls of these shapes ahead of the first; return the plan."""
         call = self._caller.call(arguments, named)
         with plain_mode():
-            return (self._entries.get(call.key) or self._prepare(call, limit=None)).plan
+            found = self._entries.get(call.key) if call.key is not None else None
+            return (found or self._prepare(call, limit=None)).plan
 
     def save(self, path: str | Path) -> None:
         """Write all plans with their weights to one file, which `load` maps into memory.
@@ -165,12 +177,13 @@ class Deployed(nn.Module):
             if found is not None:
                 return found
             full = limit is not None and len(self._entries) >= limit
-            run = source.without_plan() if full or call.key is None else None
+            run = source.without_plan(call) if full or call.key is None else None
             if run is not None:
                 return Entry(call=call, run=run, plan=self._first.plan)
             entry = source.entry(call, self._first)
             if full:
                 self._entries.pop(next(key for key, old in self._entries.items() if old is not self._first))
+                self._quick.clear()
             if call.key is not None:
                 self._entries[call.key] = entry
             return entry

@@ -5,22 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.utils import _pytree as pytree
 
 from sparsetwin.runtime._calls import Call
 from sparsetwin.runtime._choices import (
     Choice,
     Choices,
+    Prefer,
     all_dense,
     all_planes,
     make_program,
     measured_choices,
 )
-from sparsetwin.runtime._graph import Convolution, Graph, Layer, Linear, Node, Torch
+from sparsetwin.runtime._graph import Convolution, Graph, Layer, Linear, Node, Torch, without_weight
 from sparsetwin.runtime._lowering import can_use_planes
 from sparsetwin.runtime._plan import LayerPlan, Plan
-from sparsetwin.runtime._products import Packed, density_of
+from sparsetwin.runtime._products import Packed, density_of, is_narrow, matrix_key
 from sparsetwin.runtime._program import Program
 from sparsetwin.runtime._rivals import Runner
 
@@ -40,7 +40,7 @@ class Made:
         """Return the program's result for a call."""
         spec = self.graph.out_spec
         leaves = self.program.run(call.leaves)
-        return leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
+        return leaves[0] if spec is None or spec.is_leaf() else pytree.tree_unflatten(leaves, spec)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,20 +53,26 @@ class Entry:
     program: Made | None = None
 
 
-def make_programs(graph: Graph, choices: Choices, *, threads: int) -> dict[str, Made]:
+def make_programs(
+    graph: Graph, choices: Choices, *, threads: int, dense: bool = True, prefer: Prefer = "time"
+) -> dict[str, Made]:
     """Return the programs worth timing: as chosen, all on planes, all dense; equal ones once.
 
     Args:
         graph: Fused.
         choices: Of another shape, to take over; measured if they are for other nodes.
         threads: Of the kernels.
+        dense: Whether all weights may be there dense at once; else that program is left out, unless it is the choice.
+        prefer: As `measured_choices` takes it.
     """
     packed = Packed()
     if all(node.output in choices for node in graph.nodes):
         chosen: Choices = {node.output: _fitting(graph, node, choices[node.output]) for node in graph.nodes}
     else:
-        chosen = measured_choices(graph, packed=packed, threads=threads)
+        chosen = measured_choices(graph, packed=packed, threads=threads, prefer=prefer)
     wanted = dict(zip(PROGRAMS, (chosen, all_planes(graph, chosen), all_dense(chosen)), strict=True))
+    if not dense:
+        del wanted["dense graph"]
     made: dict[str, Made] = {}
     seen: set[tuple[str, ...]] = set()
     for name, found in wanted.items():
@@ -91,17 +97,24 @@ def _fitting(graph: Graph, node: Node, choice: Choice) -> Choice:
 def make(graph: Graph, choices: Choices, *, packed: Packed, threads: int) -> Made:
     """Return a program for a graph whose weights are all there, or in ``packed``."""
     mine = Packed()
+    missing = False
     for node in graph.layers():
-        key = (node.output, choices[node.output].tiling.block)
-        if choices[node.output].engine == "planes" and key in packed.matrices:
+        key, on_planes = matrix_key(node, choices[node.output].tiling), choices[node.output].engine == "planes"
+        if on_planes and key in packed.matrices:
             mine.matrices[key] = packed.matrices[key]
-    on_planes = [node for node in graph.layers() if choices[node.output].engine == "planes"]
-    if any((node.output, choices[node.output].tiling.block) not in mine.matrices for node in on_planes):
+        elif on_planes and not _is_bare(node):
+            missing = True
+    if missing:
         make_program(graph, choices, packed=mine, threads=threads)  # packs what is not packed yet
     slim = _without_packed(graph, choices)
     return Made(
         program=make_program(slim, choices, packed=mine, threads=threads), graph=slim, choices=choices, packed=mine
     )
+
+
+def _is_bare(node: Node) -> bool:
+    assert isinstance(node.operation, Layer)
+    return node.operation.weight.is_meta
 
 
 def _without_packed(graph: Graph, choices: Choices) -> Graph:
@@ -111,22 +124,21 @@ def _without_packed(graph: Graph, choices: Choices) -> Graph:
         operation = node.operation
         if not isinstance(operation, Layer) or choices[node.output].engine != "planes":
             return node
-        weight = torch.empty(operation.weight.shape, device="meta")
-        return replace(node, operation=replace(operation, weight=weight))
+        return replace(node, operation=without_weight(operation, operation.kept))
 
     return replace(graph, nodes=tuple(slim(node) for node in graph.nodes))
 
 
 def unpacked(graph: Graph, packed: Packed) -> Graph:
-    """Return a graph with all its weights, dense."""
-    matrices = {output: matrix for (output, _), matrix in packed.matrices.items()}
+    """Return a graph with the numbers of all its weights: those that were packed as they are kept, not dense."""
+    matrices = {key[0]: matrix for key, matrix in packed.matrices.items()}
 
     def whole(node: Node) -> Node:
         operation = node.operation
-        if not isinstance(operation, Layer) or not operation.weight.is_meta:
+        if not isinstance(operation, Layer) or not operation.weight.is_meta or operation.kept is not None:
             return node
-        weight = matrices[node.output].to_dense().reshape(operation.weight.shape)
-        return replace(node, operation=replace(operation, weight=weight))
+        kept = matrices[node.output].to_kept(tuple(operation.weight.shape))
+        return replace(node, operation=replace(operation, kept=kept))
 
     return replace(graph, nodes=tuple(whole(node) for node in graph.nodes))
 
@@ -150,11 +162,16 @@ def layer_plans(graph: Graph, choices: Choices) -> tuple[LayerPlan, ...]:
             name=node.name,
             kind=_kind(node),
             density=density_of(node),
-            engine=choices[node.output].engine,
+            engine=_engine(node, choices[node.output]),
             seconds=dict(choices[node.output].seconds),
         )
         for node in graph.layers()
     )
+
+
+def _engine(node: Node, choice: Choice) -> str:
+    narrow = (choice.engine == "planes" and choice.tiling.narrow) or (choice.engine == "rows" and choice.rows.narrow)
+    return f"{choice.engine}, narrow values" if narrow and is_narrow(node) else choice.engine
 
 
 def _kind(node: Node) -> str:

@@ -33,12 +33,12 @@ from sparsetwin.runtime._coding import (
     encoded_matrix,
     encoded_spec,
 )
-from sparsetwin.runtime._entries import PROGRAMS, Entry
-from sparsetwin.runtime._graph import Graph
+from sparsetwin.runtime._entries import PROGRAMS, Entry, Made
+from sparsetwin.runtime._graph import Graph, Layer, Node
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
 
-_KEY, _VERSION = "sparsetwin", 1
+_KEY, _VERSION = "sparsetwin", 2
 _LINE = 64  # bytes
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
@@ -153,14 +153,26 @@ def _encoded_entry(entry: Entry, store: Store) -> Any:
     leaves, spec = pytree.tree_flatten((entry.call.arguments, dict(entry.call.named)))
     return {
         "arguments": {"spec": encoded_spec(spec), "leaves": [_encoded_leaf(leaf) for leaf in leaves]},
-        "graph": encoded_graph(made.graph, store),
+        "graph": encoded_graph(_without_packed(made), store),
         "choices": {str(output): _encoded_choice(choice) for output, choice in made.choices.items()},
         "matrices": [
-            {"node": node, "block": block, "matrix": encoded_matrix(matrix, store)}
-            for (node, block), matrix in made.packed.matrices.items()
+            {"node": node, "block": block, "narrow": narrow, "matrix": encoded_matrix(matrix, store)}
+            for (node, block, narrow), matrix in made.packed.matrices.items()
         ],
         "plan": _plan_of_program(entry.plan).to_json(),
     }
+
+
+def _without_packed(made: Made) -> Graph:
+    """Return a program's graph without the kept weights of layers whose matrices are written."""
+    packed = {key[0] for key in made.packed.matrices}
+
+    def bare(node: Node) -> Node:
+        operation = node.operation
+        return replace(node, operation=replace(operation, kept=None)) if isinstance(operation, Layer) else node
+
+    nodes = tuple(bare(node) if node.output in packed else node for node in made.graph.nodes)
+    return replace(made.graph, nodes=nodes)
 
 
 def _plan_of_program(plan: Plan) -> Plan:
@@ -175,12 +187,13 @@ def _decoded_entry(found: Any, tensors: Mapping[str, Tensor]) -> Saved:
     arguments, named = pytree.tree_unflatten(leaves, spec)
     packed = Packed()
     for part in found["matrices"]:
-        key = (int(part["node"]), None if part["block"] is None else int(part["block"]))
+        key = (int(part["node"]), None if part["block"] is None else int(part["block"]), bool(part["narrow"]))
         packed.matrices[key] = decoded_matrix(part["matrix"], tensors)
     graph = decoded_graph(found["graph"], tensors)
     choices = {int(output): _decoded_choice(choice) for output, choice in found["choices"].items()}
     if any(node.output not in choices for node in graph.nodes):
         raise CheckpointError("the file's plan is damaged: a node has no engine")
+    _check_weights(graph, packed)
     return Saved(
         call=Call(tuple(arguments), named, leaves, call_key(leaves, spec)),
         graph=graph,
@@ -190,16 +203,37 @@ def _decoded_entry(found: Any, tensors: Mapping[str, Tensor]) -> Saved:
     )
 
 
+def _check_weights(graph: Graph, packed: Packed) -> None:
+    """Refuse a layer whose weight is nowhere, or of another size than the layer says."""
+    sizes = {key[0]: matrix.rows * matrix.columns for key, matrix in packed.matrices.items()}
+    for node in graph.layers():
+        operation = node.operation
+        assert isinstance(operation, Layer)
+        if operation.kept is not None:
+            fits = operation.kept.shape == tuple(operation.weight.shape)
+        else:
+            fits = not operation.weight.is_meta or sizes.get(node.output) == operation.weight.numel()
+        if not fits:
+            raise CheckpointError(f"the file's graph is damaged: the weight of {node.name} is not there")
+
+
 def _encoded_choice(choice: Choice) -> Any:
-    tiling = {"vectors": choice.tiling.vectors, "block": choice.tiling.block}
-    return {"engine": choice.engine, **tiling, "seconds": dict(choice.seconds)}
+    tilings = {name: _encoded_tiling(getattr(choice, name)) for name in ("tiling", "rows")}
+    return {"engine": choice.engine, **tilings, "seconds": dict(choice.seconds)}
+
+
+def _encoded_tiling(tiling: Tiling) -> Any:
+    return {"vectors": tiling.vectors, "block": tiling.block, "narrow": tiling.narrow}
 
 
 def _decoded_choice(found: Any) -> Choice:
     if found["engine"] not in ("planes", "rows", "dense"):
         raise CheckpointError(f"the file names an engine {found['engine']!r} that this version does not know")
-    tiling = Tiling(vectors=found["vectors"], block=found["block"])
-    return Choice(engine=found["engine"], tiling=tiling, seconds=dict(found["seconds"]))
+    tiling, rows = (
+        Tiling(vectors=part["vectors"], block=part["block"], narrow=bool(part["narrow"]))
+        for part in (found["tiling"], found["rows"])
+    )
+    return Choice(engine=found["engine"], tiling=tiling, rows=rows, seconds=dict(found["seconds"]))
 
 
 def _encoded_leaf(leaf: Any) -> Any:

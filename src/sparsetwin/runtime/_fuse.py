@@ -22,7 +22,7 @@ from sparsetwin.runtime._graph import (
 
 @torch.no_grad()
 def fuse(graph: Graph) -> Graph:
-    """Return a graph that computes the same with fewer nodes; weights are folded in float64 and rounded once."""
+    """Return a graph that computes the same with fewer nodes; weights are folded in float64 and rounded to float32."""
     graph = _without_unused(graph)
     for step in (_fold_affine, _fuse_add, _fuse_activation):
         graph = _merged(graph, step)
@@ -70,9 +70,18 @@ def _fold_affine(rewriter: _Rewriter, node: Node) -> bool:
     shift = node.operation.shift
     if convolution.bias is not None:
         shift = shift + convolution.bias.double() * scale
-    weight = convolution.weight.double() * scale.reshape(-1, 1, 1, 1)
-    rewriter.merge(before, node, replace(convolution, weight=weight, bias=shift), before.inputs)
+    if convolution.kept is None:
+        folded = replace(convolution, weight=_scaled(convolution.weight, scale), bias=shift)
+    else:
+        folded = replace(convolution, kept=convolution.kept.scaled(scale), bias=shift)
+    rewriter.merge(before, node, folded, before.inputs)
     return True
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return (
+        weight.double() * scale.double().reshape(-1, 1, 1, 1)
+    ).float()  # at once: a network in float64 would take twice its memory
 
 
 def _fuse_add(rewriter: _Rewriter, node: Node) -> bool:

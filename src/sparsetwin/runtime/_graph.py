@@ -5,21 +5,24 @@ Activations of a `Convolution` or a `Linear` are applied after the residual is a
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsetwin.kernels import Activation
+from sparsetwin.kernels import Activation, KeptWeight
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Convolution:
-    """``activation(conv2d(x, weight) + bias + residual)``; inputs x, and the residual if there is one."""
+    """``activation(conv2d(x, weight) + bias + residual)``; inputs x, and the residual if there is one.
+
+    A weight on the meta device has no numbers: they are in ``kept``, or packed in a kernel.
+    """
 
     weight: Tensor = field(repr=False)  # (out, in / groups, kh, kw)
     bias: Tensor | None = field(repr=False)
@@ -29,6 +32,7 @@ class Convolution:
     groups: int = 1
     activation: Activation | None = None
     residual: bool = False
+    kept: KeptWeight | None = field(repr=False, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +43,7 @@ class Linear:
     bias: Tensor | None = field(repr=False)
     activation: Activation | None = None
     residual: bool = False
+    kept: KeptWeight | None = field(repr=False, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,6 +152,19 @@ class Graph:
     def layers(self) -> list[Node]:
         """Return the nodes with weights of convolutions and linear layers."""
         return [node for node in self.nodes if isinstance(node.operation, Layer)]
+
+
+def with_weight(operation: Layer) -> Layer:
+    """Return a layer whose weight is there, dense; made anew if the layer has kept weights only."""
+    if operation.kept is None:
+        return operation
+    weight = operation.kept.dense().reshape(operation.weight.shape)
+    return replace(operation, weight=weight, kept=None)
+
+
+def without_weight(operation: Layer, kept: KeptWeight | None) -> Layer:
+    """Return a layer whose weight has a shape only; its numbers are kept, or elsewhere."""
+    return replace(operation, weight=torch.empty(operation.weight.shape, device="meta"), kept=kept)
 
 
 def references(arguments: Any) -> Iterator[int]:

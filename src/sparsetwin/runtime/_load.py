@@ -17,7 +17,7 @@ from sparsetwin.runtime._choices import Choice, make_program
 from sparsetwin.runtime._deployed import Deployed
 from sparsetwin.runtime._entries import Entry, Made, make, make_programs, unpacked, with_program
 from sparsetwin.runtime._file import Saved, read_file
-from sparsetwin.runtime._graph import Graph, Torch, Value
+from sparsetwin.runtime._graph import Graph, Layer, Node, Torch, Value
 from sparsetwin.runtime._machine import kernels_run, machine
 from sparsetwin.runtime._plain import run_plain, values_of
 from sparsetwin.runtime._plan import Plan
@@ -122,7 +122,7 @@ class FileSource:
         leaves = run_plain(graph, call.leaves)
         return leaves[0] if graph.out_spec is None else pytree.tree_unflatten(leaves, graph.out_spec)
 
-    def without_plan(self) -> Runner | None:
+    def without_plan(self, call: Call) -> Runner | None:
         """Return None: without the model there is no other way."""
         return None
 
@@ -166,11 +166,12 @@ def resized(graph: Graph, call: Call) -> Graph:
         UsageError: If the operations do not take these sizes.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
+        bare = replace(graph, nodes=tuple(_without_numbers(node) for node in graph.nodes))
         leaves = [
             torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves
         ]
         try:
-            found = values_of(graph, leaves)
+            found = values_of(bare, leaves)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UsageError(f"the network does not take {call.describe()}: {error}") from error
     values = {
@@ -178,6 +179,14 @@ def resized(graph: Graph, call: Call) -> Graph:
         for number, value in found.items()
     }
     return replace(graph, values={**graph.values, **values})
+
+
+def _without_numbers(node: Node) -> Node:
+    """Return a layer with a weight of its shape on the CPU, as this mode makes them: without numbers."""
+    operation = node.operation
+    if not isinstance(operation, Layer) or not operation.weight.is_meta:
+        return node
+    return replace(node, operation=replace(operation, weight=torch.empty(operation.weight.shape), kept=None))
 
 
 def _same_kind(call: Call, planned: Call) -> bool:

@@ -16,6 +16,7 @@ from sparsetwin.runtime._graph import (
     Convolution,
     GlobalMean,
     Graph,
+    Layer,
     Linear,
     MaxPool,
     Operation,
@@ -23,6 +24,7 @@ from sparsetwin.runtime._graph import (
     Torch,
     filled,
     references,
+    with_weight,
 )
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -52,6 +54,7 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
 def apply(operation: Operation, inputs: Sequence[Any]) -> Any:
     """Return what a node with this operation makes of its inputs; a `Torch` operation gets its `Ref` in order."""
     x: Any = inputs[0]
+    operation = with_weight(operation) if isinstance(operation, Layer) else operation
     match operation:
         case Convolution():
             y = F.conv2d(

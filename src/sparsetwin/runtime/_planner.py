@@ -8,43 +8,57 @@ from torch import nn
 
 from sparsetwin.errors import UsageError
 from sparsetwin.runtime._calls import Call
+from sparsetwin.runtime._choices import Prefer
 from sparsetwin.runtime._contest import Contest
-from sparsetwin.runtime._entries import Entry, make_programs, with_program
-from sparsetwin.runtime._fuse import fuse
+from sparsetwin.runtime._entries import Entry, Made, make_programs, with_program
 from sparsetwin.runtime._graph import Graph
 from sparsetwin.runtime._machine import kernels_run, machine
+from sparsetwin.runtime._network import Network
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._rivals import Runner, eager_runner
 from sparsetwin.runtime._swapped import swapped_linears
-from sparsetwin.runtime._trace import trace
 
 
 @dataclass(kw_only=True, eq=False)
 class Planner:
-    """Plans calls of one model."""
+    """Plans calls of one network."""
 
-    model: nn.Module  # a copy of our own, in evaluation mode
+    network: Network
     threads: int
     reduced: bool  # whether bfloat16 is allowed
     rivals: tuple[str, ...]
+    prefer: Prefer = "time"
+    calibration: tuple[Call, ...] = ()
     layers: nn.Module | None = None  # the model with sparse linears in place; made when first needed
 
     @property
     def name(self) -> str:
         """The model's class."""
-        return type(self.model).__name__
+        return self.network.name
 
     @property
     def signature(self) -> inspect.Signature:
         """How the model is called."""
-        return inspect.signature(self.model.forward)
+        return self.network.signature
+
+    @property
+    def model(self) -> nn.Module:
+        """The original network with all its weights; one in a file is made anew."""
+        return self.network.model()
+
+    @property
+    def dense(self) -> bool:
+        """Whether all weights may be there dense at once: they are anyway, or dense rivals were asked for."""
+        return self.network.in_memory or bool(self.rivals) or bool(self.calibration)
 
     def reference(self, call: Call) -> Any:
         """Return what the original network makes of a call."""
         return self.model(*call.arguments, **call.named)
 
-    def without_plan(self) -> Runner | None:
-        """Return what runs calls of any shape, none of which is traced."""
+    def without_plan(self, call: Call) -> Runner | None:
+        """Return what runs calls of any shape, none of which is traced; None for those that are better planned."""
+        if call.key is not None and not self.network.in_memory:
+            return None
         return eager_runner(self.swapped())
 
     def entry(self, call: Call, like: Entry | None = None) -> Entry:
@@ -57,7 +71,9 @@ class Planner:
         notes: list[str] = []
         graph = self._graph(call, notes)
         choices = {} if like is None or like.program is None else like.program.choices
-        programs = {} if graph is None else make_programs(graph, choices, threads=self.threads)
+        programs: dict[str, Made] = {}
+        if graph is not None:
+            programs = make_programs(graph, choices, threads=self.threads, dense=self.dense, prefer=self.prefer)
         contest = Contest(self, call, graph, quick=like is not None)
         seconds = contest.seconds({name: found.run for name, found in programs.items()})
         fastest = min(seconds, key=seconds.__getitem__)
@@ -68,7 +84,7 @@ class Planner:
             engine=fastest,
             candidates=seconds,
             skipped=contest.skipped,
-            notes=tuple(notes),
+            notes=(*notes, *contest.notes),
         )
         entry = Entry(call=call.without_numbers(), run=contest.runners[fastest], plan=plan)
         return entry if graph is None else with_program(entry, graph, programs, seconds)
@@ -81,7 +97,7 @@ class Planner:
             notes.append("some arguments are no plain data: the model is not traced, its linears are exchanged")
         else:
             try:
-                return fuse(trace(self.model, call.arguments, call.named))
+                return self.network.graph(call.arguments, call.named)
             except UsageError as error:
                 notes.append(str(error))
         return None
@@ -89,8 +105,8 @@ class Planner:
     def swapped(self) -> nn.Module:
         """Return the model with sparse linears in place, or the model itself if that is not faster."""
         if self.layers is None:
-            possible = kernels_run()
-            self.layers = (
-                swapped_linears(self.model, threads=self.threads, reduced=self.reduced) if possible else self.model
-            )
+            model = self.model
+            if kernels_run():
+                model = swapped_linears(model, threads=self.threads, reduced=self.reduced)
+            self.layers = model
         return self.layers

@@ -1,28 +1,35 @@
 """The sparse kernels of a network's nodes; a layer's kept weights are packed once for each way of cutting them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import Activation, ConvolutionGeometry, CSRBlocks, PlaneLayout, SparseConvolution, Tiling
+from sparsetwin.kernels import (
+    Activation,
+    ConvolutionGeometry,
+    CSRBlocks,
+    KeptWeight,
+    PlaneLayout,
+    SparseConvolution,
+    Tiling,
+)
 from sparsetwin.runtime._graph import Affine, Convolution, Layer, Linear, Node
 from sparsetwin.runtime._steps import Product
 
+Key = tuple[int, int | None, bool]
 DEFAULT = Tiling()
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Sparse matrices by the node whose weight they hold, and by the channels of a block; filled on demand."""
+    """Sparse matrices by the node whose weight they hold, and by how they are cut; filled on demand."""
 
-    matrices: dict[tuple[int, int | None], CSRBlocks] = field(default_factory=dict)
+    matrices: dict["Key", CSRBlocks] = field(default_factory=dict)
 
-    def keep(self, tilings: Mapping[int, Tiling]) -> None:
-        """Drop what tilings, by node, do not use."""
-        wanted = {(node, tiling.block) for node, tiling in tilings.items()}
-        for key in set(self.matrices) - wanted:
+    def drop_others(self, node: Node, tiling: Tiling) -> None:
+        """Keep only the matrix of one tiling of a node."""
+        for key in [key for key in self.matrices if key[0] == node.output and key != matrix_key(node, tiling)]:
             del self.matrices[key]
 
     def convolution(
@@ -43,7 +50,7 @@ class Packed:
             source: The input's layout; the smallest by default.
             destination: The output's layout; the smallest by default.
         """
-        key = (node.output, tiling.block)
+        key = matrix_key(node, tiling)
         made = SparseConvolution(
             self.matrices[key] if key in self.matrices else weight_of(node, geometry),
             geometry=geometry,
@@ -65,14 +72,20 @@ class Packed:
         return self.convolution(step.node, step.geometry, tiling=tiling, source=source, destination=destination)
 
 
-def weight_of(node: Node, geometry: ConvolutionGeometry) -> Tensor:
+def matrix_key(node: Node, tiling: Tiling) -> "Key":
+    """Return what tells a node's matrices apart: the channels of a block, and whether values are narrow."""
+    return (node.output, tiling.block, tiling.narrow)
+
+
+def weight_of(node: Node, geometry: ConvolutionGeometry) -> KeptWeight | Tensor:
     """Return a node's weight as that of a convolution; elementwise nodes have a diagonal one."""
     operation = node.operation
     match operation:
         case Convolution():
-            return operation.weight
+            return operation.weight if operation.kept is None else operation.kept
         case Linear():
-            return operation.weight.reshape(*operation.weight.shape, 1, 1)
+            shape = (*operation.weight.shape, 1, 1)
+            return operation.weight.reshape(shape) if operation.kept is None else operation.kept.reshaped(shape)
         case Affine():
             return operation.scale.reshape(-1, 1, 1, 1)
     return torch.ones(geometry.out_channels, 1, 1, 1)
@@ -91,8 +104,16 @@ def activation_of(node: Node) -> Activation | None:
     return found
 
 
+def is_narrow(node: Node) -> bool:
+    """Tell whether a layer's weight is kept in fewer bits than float32."""
+    operation = node.operation
+    return isinstance(operation, Layer) and operation.kept is not None and operation.kept.is_narrow
+
+
 def density_of(node: Node) -> float:
     """Return the fraction of a layer's weights that are not zero."""
     operation = node.operation
     assert isinstance(operation, Layer)
+    if operation.kept is not None:
+        return operation.kept.density
     return int(operation.weight.count_nonzero()) / operation.weight.numel()

@@ -72,9 +72,8 @@ class Program:
         self._dropped = _last_uses(self.parts, graph)
         self.tensors: Tensors = plan_tensors(self.parts, graph)
 
-    @torch.no_grad()
     def run(self, leaves: Sequence[Any]) -> list[Any]:
-        """Return the leaves of the result for the leaves of a call."""
+        """Return the leaves of the result for the leaves of a call, none of which requires a gradient."""
         try:
             workspace = self._free.pop()
         except IndexError:
@@ -103,6 +102,10 @@ class Workspace:
         self._tensors = [buffer.empty() for buffer in program.tensors.buffers]
         self._slots: list[list[Tensor]] = []
         self._bound: dict[tuple[int, int, int, bool], list[Bound]] = {}
+        self._written = [
+            [value for step in part.steps for value in values_written(step)] if isinstance(part, Segment) else []
+            for part in program.parts
+        ]
         self._crossing = [
             isinstance(part, Segment)
             and any(
@@ -133,9 +136,8 @@ class Workspace:
 
     def _run_segment(self, number: int, segment: Segment, values: dict[int, Any]) -> None:
         program = self.program
-        for step in segment.steps:
-            for value in values_written(step):
-                values[value] = self._tensor(value)
+        for value in self._written[number]:
+            values[value] = self._tensor(value)
         threads, image = program.threads, 0
         if threads > 1 and program.pool is not None:
             whole_rounds = segment.images - segment.images % threads

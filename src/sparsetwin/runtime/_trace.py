@@ -12,7 +12,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node as FxNode
 
 from sparsetwin.errors import UsageError
-from sparsetwin.runtime._graph import Graph, Node, Ref, Torch, Value, filled, references
+from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, filled, references
+from sparsetwin.runtime._kept_weights import KeptWeights
 from sparsetwin.runtime._native import NATIVE, aliased, schema_arguments
 
 _FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
@@ -20,13 +21,16 @@ _PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor"
 
 
 @torch.no_grad()
-def trace(model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+def trace(
+    model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], *, kept: KeptWeights | None = None
+) -> Graph:
     """Return what a model computes for arguments of these shapes.
 
     Args:
         model: In evaluation mode.
         arguments: Positional arguments of an example call.
         named: Keyword arguments.
+        kept: Weights of the model whose numbers are not there, only kept.
 
     Raises:
         UsageError: If the model cannot be traced, with the cause.
@@ -43,7 +47,7 @@ def trace(model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]
                 f"{type(model).__name__} cannot be traced by torch.export for this example: "
                 f"{type(error).__name__}: {reason[0] if reason else ''}"
             ) from error
-    return _Reader(program).graph()
+    return _Reader(program, KeptWeights() if kept is None else kept).graph()
 
 
 def _is_functional(program: ExportedProgram) -> bool:
@@ -72,8 +76,8 @@ def _may_alias(node: FxNode) -> bool:
 class _Reader:
     """Turns a program into nodes, one for each operation that is not computed here and now."""
 
-    def __init__(self, program: ExportedProgram) -> None:
-        self.program = program
+    def __init__(self, program: ExportedProgram, kept: KeptWeights) -> None:
+        self.program, self.kept = program, kept
         self.known: dict[FxNode, Any] = {}  # a Ref, a constant, or a tuple of which only parts are used
         self.values: dict[int, Value | None] = {}
         self.nodes: list[Node] = []
@@ -147,6 +151,8 @@ class _Reader:
             self.known[node] = arguments[0][arguments[1]]
             return
         if next(references((arguments, named)), None) is None and _foldable(node):
+            if not _may_alias(node):  # a view of a weight without numbers is one too
+                arguments, named = self.kept.real(arguments), self.kept.real(named)
             self.known[node] = target(*filled(arguments, {}), **filled(named, {}))
             return
         if str(target) in aliased():
@@ -159,8 +165,10 @@ class _Reader:
         if str(target) in NATIVE:
             operation, read = NATIVE[str(target)](schema_arguments(target, arguments, named), self.values) or (None, ())
         single = isinstance(node.meta.get("val"), (tuple, list)) and operation is not None
-        if operation is None:
-            operation = Torch(function=target, arguments=arguments, named=named)
+        if isinstance(operation, Layer):
+            operation = self.kept.layer(operation)
+        elif operation is None:
+            operation = Torch(function=target, arguments=self.kept.real(arguments), named=self.kept.real(named))
             read = tuple(dict.fromkeys(references((arguments, named))))
         if single:  # a native operation makes the first of several results, the only one that inference uses
             self._read_first(node, operation, read)
