@@ -134,3 +134,28 @@ def test_exchanged_linears_equal_those_they_stand_for(reduced):
 def test_dense_models_are_left_alone():
     model = torch.nn.Sequential(torch.nn.Linear(20, 20))
     assert swapped_linears(model, threads=1, reduced=False) is model
+
+
+class Reading(torch.nn.Module):
+    """A model that calls a layer and computes with its weight and bias, too."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) @ self.layer.weight * 2 + self.layer.bias
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_a_layer_that_was_exchanged_still_shows_its_weight_and_bias(monkeypatch, kind):
+    monkeypatch.setattr(FastLinear, "_is_faster", lambda self, tokens: True)
+    layer = torch.nn.Linear(16, 16) if kind == "Linear" else transformers.pytorch_utils.Conv1D(16, 16)
+    layer.weight.mul_(torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < 0.1)
+    model = Reading(layer)
+    swapped = swapped_linears(model, threads=1, reduced=False)
+    assert isinstance(swapped.layer, FastLinear)
+    x = torch.rand(3, 16)
+    torch.testing.assert_close(swapped(x), model(x))
+    assert not list(swapped.parameters())

@@ -22,15 +22,17 @@ class FastLinear(nn.Module):
     Args:
         weight: (out, in), float32.
         bias: (out,), float32.
+        shown: ``weight`` as the exchanged layer has it, for models that compute with it themselves.
         threads: Of the kernel.
         reduced: Whether weights may be rounded to bfloat16 for one to eight tokens.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, threads: int, reduced: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, shown: Tensor, threads: int, reduced: bool) -> None:
         super().__init__()
+        self.weight, self.bias = shown, bias
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self._pool = Pool(threads) if threads > 1 else None
-        self._weight, self._bias = weight, bias
+        self._weight = weight
         self._sparse = SparseLinear(weight, bias=bias, value="bfloat16" if reduced else "float32")
         self.sparse_for = {tokens: self._is_faster(tokens) for tokens in _TOKENS}
 
@@ -40,7 +42,7 @@ class FastLinear(nn.Module):
         measured = next((count for count in _TOKENS if count >= tokens), _TOKENS[-1])
         if x.dtype == torch.float32 and tokens and self.sparse_for[measured]:
             return self._sparse(x.detach(), pool=self._pool)
-        return F.linear(x, self._weight.to(x.dtype), None if self._bias is None else self._bias.to(x.dtype))
+        return F.linear(x, self._weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         """Tell for how many tokens it runs sparse."""
@@ -51,7 +53,7 @@ class FastLinear(nn.Module):
     def _is_faster(self, tokens: int) -> bool:
         x = torch.rand(tokens, self.in_features, generator=torch.Generator().manual_seed(0))
         threads = self._pool.threads if self._pool else 1
-        dense = shortest(lambda: F.linear(x, self._weight, self._bias), threads=threads)
+        dense = shortest(lambda: F.linear(x, self._weight, self.bias), threads=threads)
         return shortest(lambda: self._sparse(x, pool=self._pool), threads=threads) < dense
 
 
@@ -70,11 +72,13 @@ def swapped_linears(model: nn.Module, *, threads: int, reduced: bool) -> nn.Modu
             if weight is None or 2 * int(weight.count_nonzero()) > weight.numel():
                 continue
             if id(child) not in made:
-                bias = child.bias
+                shown, bias = child.weight, child.bias
+                assert isinstance(shown, Tensor)
                 assert bias is None or isinstance(bias, Tensor)
                 made[id(child)] = FastLinear(
                     weight.detach().contiguous(),
                     None if bias is None else bias.detach(),
+                    shown=shown.detach(),
                     threads=threads,
                     reduced=reduced,
                 )
