@@ -10,9 +10,15 @@ from sparsetwin.kernels import TARGETS, KeptWeight, Target, host_target
 FP32 = 1e-5  # max|y - ref| / max|ref|, the bound that the library promises
 
 
-def relative_error(y: Tensor, expected: Tensor) -> float:
+def relative_error(y: Tensor, expected: Tensor, *, terms: float = 0.0) -> float:
+    """Return max|y - expected| / max|expected|, or over the size of the summed terms where these nearly cancel."""
     assert y.shape == expected.shape
-    return float((y.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((y.double() - expected).abs().max() / expected.abs().max().clamp_min(max(terms, 1e-30)))
+
+
+def terms_of(weight: Tensor, x: Tensor) -> float:
+    """Return a tenth of the largest sum of the sizes of a product's terms."""
+    return 0.1 * float((weight.double().abs() @ x.double().abs()).max())
 
 
 def sparse(*shape: int, density: float, seed: int = 0) -> Tensor:

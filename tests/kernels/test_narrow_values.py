@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
 
-from kernel_cases import FP32, NARROW, dense, kept, relative_error, runnable_targets, sparse
+from kernel_cases import FP32, NARROW, dense, kept, relative_error, runnable_targets, sparse, terms_of
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels import (
@@ -47,11 +47,12 @@ def test_every_shape_density_and_epilogue_equals_the_plain_twin(sizes, density, 
     x, bias = dense(length, columns), dense(rows, seed=2) if with_bias else None
     residual = dense(rows, columns, seed=3) if with_residual else None
     expected = reference_product(weight, x, bias=bias, residual=residual, activation=activation)
+    terms = terms_of(reference_weight(weight), x)
     for narrow in (True, False):
         matrix = CSRBlocks.from_kept(weight, block_columns=block, narrow=narrow)
         assert matrix.values.dtype == (weight.values.dtype if narrow else torch.float32)
         product = SparseProduct(matrix, columns=columns, bias=bias, residual=with_residual, activation=activation)
-        assert relative_error(product(product.pad(x), residual=residual), expected) <= FP32
+        assert relative_error(product(product.pad(x), residual=residual), expected, terms=terms) <= FP32
 
 
 @pytest.mark.parametrize("name", ["host", "generic", "4 lanes", "8 lanes", "16 lanes"])

@@ -19,6 +19,7 @@ from sparsetwin.kernels._product import SparseProduct, empty_padded, padded_pitc
 from sparsetwin.kernels._reference import reference_convolution, reference_product, reference_weight
 from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors
 from sparsetwin.kernels._target import TARGETS, Target, checked_target, host_target
+from sparsetwin.kernels._team import Chain, KernelPiece
 from sparsetwin.kernels._tokens import TokenProduct
 from sparsetwin.kernels._transpose import Transpose
 from sparsetwin.kernels._window import PlaneWindow, Window
@@ -27,8 +28,10 @@ __all__ = [
     "TARGETS",
     "Activation",
     "CSRBlocks",
+    "Chain",
     "ConvolutionGeometry",
     "KeptWeight",
+    "KernelPiece",
     "PlaneLayout",
     "PlaneWindow",
     "Pool",

@@ -10,10 +10,13 @@ from sparsetwin.kernels._llvm import MachineCode, compile_function, compile_lock
 from sparsetwin.kernels._product_ir import product_ir
 from sparsetwin.kernels._specification import ProductSpecification
 from sparsetwin.kernels._target import checked_target
+from sparsetwin.kernels._team_ir import WalkSpecification, walk_ir
 from sparsetwin.kernels._transpose_ir import TransposeSpecification, transpose_ir
 from sparsetwin.kernels._window_ir import WindowSpecification, window_ir
 
-Specification = ProductSpecification | BitmaskSpecification | WindowSpecification | TransposeSpecification
+Specification = (
+    ProductSpecification | BitmaskSpecification | WindowSpecification | TransposeSpecification | WalkSpecification
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def kernel_ir(specification: Specification) -> str:
         return window_ir(specification)
     if isinstance(specification, TransposeSpecification):
         return transpose_ir(specification)
+    if isinstance(specification, WalkSpecification):
+        return walk_ir(specification)
     return bitmask_ir(specification)
 
 

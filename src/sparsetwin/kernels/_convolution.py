@@ -7,12 +7,21 @@ from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._blocks import CSRBlocks, check_float32, density, packed
 from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
 from sparsetwin.kernels._kept import KeptWeight
-from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, run_pieces, tiled_product
+from sparsetwin.kernels._launch import (
+    Addresses,
+    Epilogue,
+    Tiling,
+    default_vectors,
+    dense_vectors,
+    run_pieces,
+    tiled_product,
+)
 from sparsetwin.kernels._planes import PlaneLayout
-from sparsetwin.kernels._pool import Piece, Pool
+from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._product import default_block, overlap
 from sparsetwin.kernels._specification import Activation
 from sparsetwin.kernels._target import Target, checked_target
+from sparsetwin.kernels._team import KernelPiece
 
 
 class SparseConvolution:
@@ -57,7 +66,7 @@ class SparseConvolution:
         self.destination = geometry.output_layout(self.source.pitch) if destination is None else destination
         geometry.check_layouts(self.source, self.destination)
         columns = geometry.written(self.source.pitch)
-        width = tiling.vectors or default_vectors(columns, chosen)
+        width = tiling.vectors or _default_width(weight, geometry, columns, chosen)
         self.matrix = _matrix(weight, geometry, tiling, width, chosen)
         if bias is not None:
             check_float32(bias, "the bias")
@@ -96,7 +105,9 @@ class SparseConvolution:
         run_pieces(self.bound(planes, residual=residual, out=out, threads=pool.threads if pool else 1), pool)
         return out
 
-    def bound(self, planes: Tensor, *, residual: Tensor | None = None, out: Tensor, threads: int = 1) -> list[Piece]:
+    def bound(
+        self, planes: Tensor, *, residual: Tensor | None = None, out: Tensor, threads: int = 1
+    ) -> list[KernelPiece]:
         """Return the work of a call on tensors that stay where they are; it may be run again and again.
 
         Args:
@@ -123,7 +134,7 @@ class SparseConvolution:
                 raise ConfigError(
                     "out shares memory with an input; partial sums in it would overwrite what is still read"
                 )
-        pieces: list[Piece] = []
+        pieces: list[KernelPiece] = []
         lead, pitch = 4 * self.destination.lead, 4 * self.destination.plane
         for image in range(images):
             at = Addresses(
@@ -144,6 +155,13 @@ class SparseConvolution:
         """Do what ``torch.nn.functional.conv2d`` does, with both conversions of layout: (N, C, H, W) in and out."""
         across = None if residual is None else self.destination.pack(residual)
         return self.destination.unpack(self(self.source.pack(x), residual=across, pool=pool))
+
+
+def _default_width(
+    weight: CSRBlocks | KeptWeight | Tensor, geometry: ConvolutionGeometry, columns: int, target: Target
+) -> int:
+    kept = weight.kept / (weight.rows * weight.columns) if isinstance(weight, CSRBlocks) else density(weight)
+    return dense_vectors(columns, target) if kept == 1 and geometry.groups == 1 else default_vectors(columns, target)
 
 
 def _matrix(

@@ -8,6 +8,7 @@ from sparsetwin.kernels._llvm import llvm_ir
 from sparsetwin.kernels._specification import Activation, ValueFormat
 
 FUNCTION = "kernel"
+LINE_BYTES = 64  # of a cache line
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of a float32
 
 
@@ -89,6 +90,14 @@ class Emitter:
         name = f"llvm.masked.store.v{self.lanes}f32.p0"
         store = self.declare(name, self.ir.VoidType(), [self.vector, self.pointer, self.i32, self.bits])
         self.b.call(store, [vector, pointer, self.i32(4), mask])
+
+    def prefetch(self, pointer: Any, byte_count: int, *, write: bool) -> None:
+        """Ask for the cache lines of an address and of those behind it, which may lie anywhere: none is touched."""
+        fetch = self.declare("llvm.prefetch.p0", self.ir.VoidType(), [self.pointer, self.i32, self.i32, self.i32])
+        for start in range(0, byte_count, LINE_BYTES):
+            self.b.call(
+                fetch, [self.address(pointer, self.int64(start)), self.i32(int(write)), self.i32(3), self.i32(1)]
+            )
 
     def broadcast(self, scalar: Any) -> Any:
         """Return a vector with ``scalar`` in every lane."""

@@ -1,7 +1,7 @@
 """A sparse matrix against tiles of columns: which kernels run, on what addresses, cut into pieces for threads."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -13,12 +13,20 @@ from sparsetwin.kernels._blocks import CSRBlocks
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._pool import Piece, Pool
 from sparsetwin.kernels._product_ir import Argument
-from sparsetwin.kernels._specification import Activation, ProductSpecification, max_vectors, value_format
+from sparsetwin.kernels._specification import (
+    Activation,
+    ProductSpecification,
+    max_vectors,
+    rows_together,
+    value_format,
+)
 from sparsetwin.kernels._target import Target
+from sparsetwin.kernels._team import KernelPiece
 
 _Table = ctypes.c_int64 * len(Argument)
 _WORTH = 1 << 20  # multiply-adds below which waking another thread costs more than it saves
-_PIECES = 4  # a thread, so that one that is late does not hold up the others for long
+_SHARED = 1 << 16  # the same where threads wait for each other in machine code
+_PIECES = 8  # a thread, so that one that is late does not hold up the others for long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +86,22 @@ class TiledProduct:
     tail: Kernel | None  # the columns left over
     last_lanes: int
 
-    def pieces(self, at: Addresses, *, threads: int) -> list[Piece]:
+    def pieces(self, at: Addresses, *, threads: int) -> list[KernelPiece]:
         """Return the work of one call as functions that may run in any order."""
         full_tiles = self.columns // self.tile_columns
-        threads = threads if worth_threads(self.matrix, self.columns) else 1
-        work: list[Piece] = []
+        threads = threads if worth_threads(self.matrix, self.columns, least=_SHARED) else 1
+        work: list[KernelPiece] = []
         if self.full is not None:
             table = self._table(at, 0)
             work += _cut(self.full, table, full_tiles, self.matrix, threads)
         if self.tail is not None:
             table = self._table(at, full_tiles * self.tile_columns)
-            work += _cut(self.tail, table, 1, self.matrix, threads if full_tiles < threads else 1)
+            work += _cut(self.tail, table, 1, self.matrix, threads if full_tiles < _PIECES * threads else 1)
         return work
 
     def run(self, at: Addresses, pool: Pool | None) -> None:
         """Run one call to its end."""
+        pool = pool if worth_threads(self.matrix, self.columns) else None
         run_pieces(self.pieces(at, threads=pool.threads if pool else 1), pool)
 
     def _table(self, at: Addresses, first_column: int) -> "ctypes.Array[ctypes.c_int64]":
@@ -116,9 +125,9 @@ class TiledProduct:
         )
 
 
-def worth_threads(matrix: CSRBlocks, columns: int) -> bool:
+def worth_threads(matrix: CSRBlocks, columns: int, *, least: int = _WORTH) -> bool:
     """Tell whether a product has enough work to share; a weight is at least one vector's work."""
-    return matrix.kept * max(columns, 8) >= _WORTH
+    return matrix.kept * max(columns, 8) >= least
 
 
 def run_pieces(pieces: Sequence[Piece], pool: Pool | None) -> None:
@@ -172,14 +181,21 @@ def tiled_product(
         activation=epilogue.activation,
         keep=keep,
     )
+    shared = _rows_share(matrix, indices)
+
+    def made(vectors: int, *, masked: bool = False) -> Kernel:
+        together = rows_together(vectors, target) if shared else 1
+        sums = chains(vectors) if together == 1 else 1
+        return kernel(specify(vectors=vectors, together=together, chains=sums, masked=masked))
+
     left = columns % tile_columns
     last_lanes = (left - 1) % target.lanes + 1
-    full = kernel(specify(vectors=width, chains=chains(width))) if columns >= tile_columns else None
+    full = made(width) if columns >= tile_columns else None
     tail = None
     if left:
         tail_vectors = -(-left // target.lanes)
         masked = last_lanes != target.lanes
-        tail = kernel(specify(vectors=tail_vectors, chains=chains(tail_vectors), masked=masked))
+        tail = made(tail_vectors, masked=masked)
     return TiledProduct(
         matrix=matrix,
         indices=indices,
@@ -192,6 +208,24 @@ def tiled_product(
     )
 
 
+def dense_vectors(columns: int, target: Target) -> int:
+    """Return how many vectors a tile gets by default where no weight is pruned: sums of four rows fill the registers.
+
+    >>> from sparsetwin.kernels._target import AVX2, AVX512
+    >>> dense_vectors(3136, AVX2), dense_vectors(3136, AVX512), dense_vectors(16, AVX2)
+    (3, 6, 2)
+    """
+    return min((target.registers - 1) // 5, default_vectors(columns, target))
+
+
+def _rows_share(matrix: CSRBlocks, indices: Tensor) -> bool:
+    """Tell whether all rows read the same activations: nothing is pruned, and there is one group."""
+    if matrix.kept != matrix.rows * matrix.columns:
+        return False
+    block = indices[: matrix.rows * matrix.block_columns].view(matrix.rows, matrix.block_columns)
+    return bool((block == block[0]).all())
+
+
 def chains(vectors: int) -> int:
     """Return how many independent sums hide the latency of a multiply-add when there are few vectors."""
     return 4 if vectors == 1 else 2 if vectors <= 3 else 1
@@ -199,15 +233,11 @@ def chains(vectors: int) -> int:
 
 def _cut(
     compiled: Kernel, table: "ctypes.Array[ctypes.c_int64]", tiles: int, matrix: CSRBlocks, threads: int
-) -> list[Piece]:
+) -> list[KernelPiece]:
     """Cut by tiles where there are enough of them, else by rows; neither changes a bit of the result."""
-    address = ctypes.addressof(table)
 
-    def piece(tile: int, stop_tile: int, row: int, stop_row: int) -> Callable[[], None]:
-        def run(alive: object = table) -> None:
-            compiled.call(address, tile, stop_tile, row, stop_row)
-
-        return run
+    def piece(tile: int, stop_tile: int, row: int, stop_row: int) -> KernelPiece:
+        return KernelPiece(compiled, table, (tile, stop_tile, row, stop_row))
 
     if threads == 1:
         return [piece(0, tiles, 0, matrix.rows)]
@@ -215,4 +245,5 @@ def _cut(
         parts = min(tiles, _PIECES * threads)
         cuts = [tiles * part // parts for part in range(parts + 1)]
         return [piece(begin, end, 0, matrix.rows) for begin, end in pairwise(cuts)]
-    return [piece(0, tiles, begin, end) for begin, end in matrix.row_ranges(2 * threads)]
+    ranges = matrix.row_ranges(2 * threads)
+    return [piece(tile, tile + 1, begin, end) for tile in range(tiles) for begin, end in ranges]

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -24,8 +25,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 class Pool:
     """Runs the pieces of a call on ``threads`` threads, the caller's among them.
 
-    Threads start with the first call that needs them, end with the pool, and are started anew after a fork. Several
-    threads may use one pool. Which thread runs a piece changes no result.
+    Threads start with the first call that needs them, end with the pool, and are started anew after a fork; where none
+    can be had, the caller's does it all. Several threads may use one pool. Which thread runs a piece changes no result.
     """
 
     _process = -1  # the one whose threads are running
@@ -34,7 +35,7 @@ class Pool:
         if threads < 1:
             raise ConfigError(f"threads={threads}; expected at least 1")
         self.threads = threads
-        self._queue: SimpleQueue[_Call | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Shared | None] = SimpleQueue()
 
     def run(self, pieces: Sequence[Piece]) -> None:
         """Run every piece once, in any order, and return when all are done. An exception is raised here."""
@@ -42,12 +43,28 @@ class Pool:
             for piece in pieces:
                 piece()
             return
-        self._start()
         call = _Call(pieces)
-        for _ in range(min(self.threads, len(pieces)) - 1):
-            self._queue.put(call)
-        call.work()
-        call.wait()
+        self.share(call.work, here=call.complete, others=min(self.threads, len(pieces)) - 1)
+
+    def share(self, work: Piece, *, here: Piece, others: int | None = None) -> None:
+        """Run ``here`` on the caller's thread, and ``work`` on others that come before it has ended.
+
+        Args:
+            work: Takes a part of what is left to do, at any time; nothing is left when ``here`` has ended. It must come
+                to its end whatever becomes of ``here``.
+            here: Returns when all is done. If it raises, the others have ended too when that is raised here.
+            others: How many are asked; all by default.
+        """
+        self._start()
+        shared = _Shared(work)
+        try:
+            for _ in range(self.threads - 1 if others is None else others):
+                self._queue.put(shared)
+            here()
+        except BaseException:
+            shared.close()
+            raise
+        shared.closed = True
 
     def close(self) -> None:
         """End the threads; the pool may be used again."""
@@ -72,8 +89,37 @@ class Pool:
             self._queue = SimpleQueue()
             for number in range(1, self.threads):
                 name = f"sparsetwin-{number}"
-                threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True).start()
+                thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system gives no more threads; those that are there do the work
+                    break
             self._process = os.getpid()
+
+
+class _Shared:
+    """What the threads of a pool are asked to take part in."""
+
+    def __init__(self, work: Piece) -> None:
+        self._work = work
+        self.closed = False
+        self._come: list[None] = []  # one for each thread that came; append is atomic
+        self._gone: list[None] = []
+
+    def join(self) -> None:
+        """Take part, unless it is over."""
+        self._come.append(None)
+        try:
+            if not self.closed:
+                self._work()
+        finally:
+            self._gone.append(None)
+
+    def close(self) -> None:
+        """Let no thread in any more, and wait for those that are."""
+        self.closed = True
+        while len(self._come) > len(self._gone):
+            time.sleep(1e-4)
 
 
 class _Call:
@@ -85,6 +131,7 @@ class _Call:
         self.done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work(self) -> None:
+        """Run pieces as long as there are some."""
         while True:
             try:
                 piece = self.left.popleft()
@@ -97,13 +144,19 @@ class _Call:
             else:
                 self.done.put(None)
 
-    def wait(self) -> None:
-        errors = [error for _ in range(self.pieces) if (error := self.done.get()) is not None]
+    def complete(self) -> None:
+        """Run pieces, and wait for those of others. If this is interrupted, no further piece is begun."""
+        try:
+            self.work()
+            errors = [error for _ in range(self.pieces) if (error := self.done.get()) is not None]
+        except BaseException:
+            self.left.clear()
+            raise
         if errors:
             raise errors[0]
 
 
-def _serve(queue: "SimpleQueue[_Call | None]") -> None:
-    while (call := queue.get()) is not None:
-        call.work()
-        del call
+def _serve(queue: "SimpleQueue[_Shared | None]") -> None:
+    while (shared := queue.get()) is not None:
+        shared.join()
+        del shared

@@ -2,9 +2,11 @@
 
 Lanes run over columns, so each kept weight is one broadcast and ``vectors`` multiply-adds with operands from memory.
 All rows pass over one block of activation rows before the next block is touched, so that it stays in the cache;
-between blocks the partial sums wait in the output.
+between blocks the partial sums wait in the output. Rows that keep all columns are worked on several at a time: an
+activation is then loaded once for all of them.
 """
 
+from collections.abc import Callable
 from enum import IntEnum, auto
 from typing import Any
 
@@ -12,6 +14,7 @@ from sparsetwin.kernels._emitter import Emitter
 from sparsetwin.kernels._specification import VALUE_BYTES, ProductSpecification
 
 _UNROLL = 4  # weights a round of the inner loop
+_AHEAD = 4  # rows ahead for which memory is asked: they lie a plane apart, which no processor foresees
 
 
 class Argument(IntEnum):
@@ -62,16 +65,71 @@ class _Product:
                 pointers = e.address(table[Argument.ROW_POINTERS], e.b.mul(block, row_pointer_bytes))
                 first = e.b.icmp_signed("==", block, e.int64(0))
                 last = e.b.icmp_signed("==", block, last_block)
-                with e.loop(first_row, stop_row) as row:
+                rest = self._groups(first_row, stop_row, column, pointers, first, last)
+                with e.loop(rest, stop_row) as row:
                     self._row(row, column, pointers, first, last)
         e.b.ret_void()
         return e.text()
+
+    def _groups(self, first_row: Any, stop_row: Any, column: Any, pointers: Any, first: Any, last: Any) -> Any:
+        """Work on rows that share their columns, as many at a time as are together; return the first row left over."""
+        e, together = self.e, self.e.int64(self.spec.together)
+        if self.spec.together == 1:
+            return first_row
+        groups = e.b.sdiv(e.b.sub(stop_row, first_row), together)
+        with e.loop(e.int64(0), groups) as group:
+            row = e.b.add(first_row, e.b.mul(group, together))
+            rows = [e.b.add(row, e.int64(which)) for which in range(self.spec.together)]
+            self._rows(rows, column, pointers, first, last)
+        return e.b.add(first_row, e.b.mul(groups, together))
+
+    def _rows(self, rows: list[Any], column: Any, pointers: Any, first: Any, last: Any) -> None:
+        """Load each activation once for several rows; the order of a row's sums is that of `_row`."""
+        e, table, width = self.e, self.arguments, self.spec.vectors
+        pitch, size = table[Argument.OUTPUT_PITCH], VALUE_BYTES[self.spec.value]
+        outputs = [e.address(e.address(table[Argument.OUTPUT], e.b.mul(row, pitch)), column) for row in rows]
+
+        def each(make: Callable[[Any, Any, list[Any]], list[Any]], found: list[Any]) -> list[Any]:
+            parts = [found[place * width : (place + 1) * width] for place in range(len(rows))]
+            return [one for item in zip(rows, outputs, parts, strict=True) for one in make(*item)]
+
+        sums = e.either(
+            first,
+            lambda: each(lambda row, _, __: self._start(row), []),
+            lambda: each(lambda _, o, __: self._load_all(o), []),
+        )
+        entry = e.address(pointers, e.b.mul(rows[0], e.int64(4)))
+        begins = [
+            e.b.sext(e.b.load(e.address(entry, e.int64(4 * which)), typ=e.i32, align=4), e.i64)
+            for which in range(len(rows))
+        ]
+        values = [e.address(table[Argument.VALUES], e.b.mul(begin, e.int64(size))) for begin in begins]
+        activations = e.address(table[Argument.INPUT], column)
+        with e.reducing_loop(begins[0], begins[1], sums) as (index, carried, following):
+            inputs = e.address(activations, self._offset(index))
+            loaded = self._load_all(inputs)
+            at = e.b.mul(e.b.sub(index, begins[0]), e.int64(size))
+            for place, base in enumerate(values):
+                weight = e.broadcast(self._stored(e.address(base, at)))
+                own = carried[place * width : (place + 1) * width]
+                following += [e.multiply_add(weight, x, y) for x, y in zip(loaded, own, strict=True)]
+        sums = following
+        e.either(
+            last,
+            lambda: each(lambda row, output, own: self._finish(own, row, column, output), sums),
+            lambda: each(lambda _, output, own: self._store_all(own, output), sums),
+        )
 
     def _row(self, row: Any, column: Any, pointers: Any, first: Any, last: Any) -> None:
         e, table = self.e, self.arguments
         output = e.address(table[Argument.OUTPUT], e.b.mul(row, table[Argument.OUTPUT_PITCH]))
         output = e.address(output, column)
-        sums = e.either(first, lambda: self._start(row), lambda: self._load_all(output))
+
+        def start() -> list[Any]:
+            self._prefetch_next(output, Argument.OUTPUT_PITCH, write=True)
+            return self._start(row)
+
+        sums = e.either(first, start, lambda: self._load_all(output))
         sums += [e.splat(0.0)] * (self.spec.vectors * (self.spec.chains - 1))
         entry = e.address(pointers, e.b.mul(row, e.int64(4)))
         begin, end = (
@@ -118,10 +176,12 @@ class _Product:
         return [e.broadcast_lane(widened, step) for step in range(_UNROLL)]
 
     def _value(self, index: Any) -> Any:
+        e, size = self.e, VALUE_BYTES[self.spec.value]
+        return self._stored(e.address(self.arguments[Argument.VALUES], e.b.mul(index, e.int64(size))))
+
+    def _stored(self, entry: Any) -> Any:
         e, value = self.e, self.spec.value
-        size = VALUE_BYTES[value]
-        entry = e.address(self.arguments[Argument.VALUES], e.b.mul(index, e.int64(size)))
-        return e.widen(e.b.load(entry, typ=e.stored_type(value), align=size), value)
+        return e.widen(e.b.load(entry, typ=e.stored_type(value), align=VALUE_BYTES[value]), value)
 
     def _start(self, row: Any) -> list[Any]:
         """Return what sums begin with: the bias, unless scales come first."""
@@ -154,7 +214,9 @@ class _Product:
             sums = self._scaled(sums, row)
         if spec.residual:
             residual = e.address(table[Argument.RESIDUAL], e.b.mul(row, table[Argument.RESIDUAL_PITCH]))
-            added = self._load_all(e.address(residual, column))
+            residual = e.address(residual, column)
+            self._prefetch_next(residual, Argument.RESIDUAL_PITCH, write=False)
+            added = self._load_all(residual)
             sums = [e.b.fadd(a, b) for a, b in zip(sums, added, strict=True)]
         sums = [e.activate(vector, spec.activation) for vector in sums]
         if spec.keep:
@@ -163,6 +225,11 @@ class _Product:
                 entry = e.address(keep, e.int64(vector * self.vector_bytes))
                 sums[vector] = e.keep_lanes(sums[vector], e.b.load(entry, typ=e.integers, align=4))
         return self._store_all(sums, output)
+
+    def _prefetch_next(self, base: Any, pitch: Argument, *, write: bool) -> None:
+        """Ask for a tile's columns of a row that comes soon, or of what lies behind the last one."""
+        ahead = self.e.b.mul(self.arguments[pitch], self.e.int64(_AHEAD))
+        self.e.prefetch(self.e.address(base, ahead), self.spec.vectors * self.vector_bytes, write=write)
 
     def _load(self, base: Any, vector: int) -> Any:
         pointer = self.e.address(base, self.e.int64(vector * self.vector_bytes))

@@ -27,6 +27,7 @@ class ProductSpecification:
     lanes: int  # of one vector; the target's, or fewer where there are fewer columns
     vectors: int  # accumulators a row, contiguous columns; a tile has lanes * vectors columns
     chains: int = 1  # independent sums a column, so that few vectors do not wait for each other
+    together: int = 1  # consecutive rows worked on at a time; if more than 1, all rows of a block have equal indices
     index: IndexFormat = "offset32"  # byte offset of the activation row, or its number
     value: ValueFormat = "float32"  # of the weights; narrower ones are widened on the way to the multiply-adds
     scaled: bool = False  # whether a row's sums are multiplied with its scale, before the bias is added
@@ -49,6 +50,10 @@ class ProductSpecification:
             raise ConfigError(
                 f"{self.vectors} vectors of {self.chains} sums do not fit {self.target.name}; expected 1 to {most}"
             )
+        if self.together < 1 or (self.together > 1 and not fit_together(self)):
+            raise ConfigError(
+                f"{self.together} rows of {self.vectors} vectors, {self.chains} sums, do not fit {self.target.name}"
+            )
         if self.lanes not in (1, 2, 4, 8, 16, 32):
             raise ConfigError(f"lanes={self.lanes} is not a power of two up to 32")
 
@@ -70,6 +75,21 @@ def value_format(values: torch.Tensor) -> ValueFormat:
 def max_vectors(target: Target) -> int:
     """Return how many accumulators fit the registers beside a weight, a mask and scratch."""
     return target.registers - 4
+
+
+def fit_together(spec: ProductSpecification) -> bool:
+    """Tell whether the sums of several rows fit the registers beside the activations and a weight."""
+    return spec.chains == 1 and (spec.together + 1) * spec.vectors + 1 <= spec.target.registers
+
+
+def rows_together(vectors: int, target: Target) -> int:
+    """Return how many dense rows of so many vectors a kernel works on at a time: at most six.
+
+    >>> from sparsetwin.kernels._target import AVX2
+    >>> [rows_together(vectors, AVX2) for vectors in (1, 2, 3, 4, 6, 8)]
+    [6, 6, 4, 2, 1, 1]
+    """
+    return max(1, min(6, (target.registers - 1) // vectors - 1))
 
 
 def check_activation(activation: str | None) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,13 +9,13 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._planes import PlaneLayout
-from sparsetwin.kernels._pool import Piece
 from sparsetwin.kernels._product import LINE
 from sparsetwin.kernels._target import Target, checked_target
+from sparsetwin.kernels._team import KernelPiece
 from sparsetwin.kernels._window_ir import WindowArgument, WindowSpecification
 
 Pair = tuple[int, int]
-_WORTH = 1 << 18  # loads below which waking another thread costs more than it saves
+_WORTH = 1 << 15  # loads below which sharing them costs more than it saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,12 @@ class PlaneWindow:
         self._out_first = 4 * (which * destination.plane + destination.lead)
         self._vectors, self._last_lanes = divmod(self._columns, chosen.lanes)
         masked = self._last_lanes > 0
+        end = (self._rows - 1) * destination.pitch + (self._vectors + masked) * chosen.lanes
+        spills = masked and destination.lead + end <= destination.plane  # partial stores are slow on some processors
         self._kernel: Kernel = kernel(
-            WindowSpecification(target=chosen, kernel=window.kernel, step=window.stride[1], masked=masked)
+            WindowSpecification(
+                target=chosen, kernel=window.kernel, step=window.stride[1], masked=masked, spills=spills
+            )
         )
         self._work = source.channels * self._rows * self._columns * window.kernel[0] * window.kernel[1]
 
@@ -110,7 +113,7 @@ class PlaneWindow:
         if source.pitch < pitch or source.lead < lead or source.plane < source.lead + body:
             raise ConfigError(f"planes {source} have margins too small for {window} from {origin}")
 
-    def bound(self, planes: Tensor, *, out: Tensor, threads: int = 1) -> list[Piece]:
+    def bound(self, planes: Tensor, *, out: Tensor, threads: int = 1) -> list[KernelPiece]:
         """Return the work of a call on tensors that stay where they are; it may be run again and again.
 
         Args:
@@ -126,7 +129,7 @@ class PlaneWindow:
         self.destination.check(out, "out", images)
         channels = self.source.channels
         parts = min(threads, channels) if self._work >= _WORTH else 1
-        pieces: list[Piece] = []
+        pieces: list[KernelPiece] = []
         for image in range(images):
             table = (ctypes.c_int64 * len(WindowArgument))(
                 planes.data_ptr() + 4 * image * self.source.elements + self._first,
@@ -142,7 +145,7 @@ class PlaneWindow:
             )
             for part in range(parts):
                 begin, end = channels * part // parts, channels * (part + 1) // parts
-                pieces.append(partial(_run, self._kernel, table, begin, end))
+                pieces.append(KernelPiece(self._kernel, table, (begin, end, 0, 0)))
         return pieces
 
     @torch.no_grad()
@@ -152,7 +155,3 @@ class PlaneWindow:
         for piece in self.bound(planes, out=out):
             piece()
         return out
-
-
-def _run(compiled: Kernel, table: "ctypes.Array[ctypes.c_int64]", begin: int, end: int) -> None:
-    compiled.call(ctypes.addressof(table), begin, end, 0, 0)

@@ -21,6 +21,7 @@ class WindowSpecification:
     kernel: tuple[int, int]
     step: int
     masked: bool  # a row's last vector is only partly there
+    spills: bool = False  # it is stored whole, zeros behind the row's end, before the next row is
 
     def __post_init__(self) -> None:
         if self.step not in (1, 2) or min(self.kernel) < 1:
@@ -85,6 +86,8 @@ class _Window:
                 if spec.kernel != (1, 1):  # -0.0 and a NaN with its sign set are no smaller than others
                     found = e.b.and_(found, e.splat(0x7FFFFFFF))
                 best = found if best is None else e.b.select(e.b.icmp_signed(">", found, best), found, best)
+        if mask is not None and spec.spills:
+            best, mask = e.b.select(mask, best, e.splat(0)), None
         e.store_vector(e.b.bitcast(best, e.vector), e.address(out, at), mask)
 
     def _load(self, line: Any, column: int) -> Any:

@@ -24,7 +24,7 @@ from sparsetwin.runtime._layouts import lay_out
 from sparsetwin.runtime._lowering import Form, Lowered, can_use_planes, lower
 from sparsetwin.runtime._products import DEFAULT, Packed, activation_of, density_of, is_narrow
 from sparsetwin.runtime._program import Program
-from sparsetwin.runtime._segments import bind
+from sparsetwin.runtime._segments import bind_all
 from sparsetwin.runtime._sheets import Sheet, pack_image, pixels, sheet_of, unpack_image
 from sparsetwin.runtime._steps import Mean, Pack, Product, Step
 from sparsetwin.runtime._steps import Pool as PoolStep
@@ -33,6 +33,7 @@ from sparsetwin.runtime._timing import shortest
 Engine = Literal["planes", "rows", "dense"]
 Prefer = Literal["time", "memory"]
 _NEVER = 1e6  # seconds
+_REPEATED = 6  # times that several threads run a node in one chain, to which they come late
 _TUNED = 1e-4  # seconds that a layer takes at least to be worth other tilings
 
 
@@ -235,29 +236,27 @@ class _Bench:
 
     def seconds(self, tiling: Tiling) -> float:
         """Return the seconds of one image."""
-        bound = []
-        for step in self.lowered.steps:
-            if isinstance(step, Pack):
-                continue
+        steps = [step for step in self.lowered.steps if not isinstance(step, Pack)]
+        for step in steps:
             if isinstance(step, Product):
                 layouts = self.layouts[step.source], self.layouts[step.sheet]
                 self.kernels[step] = self.packed.for_step(step, *layouts, tiling)
-            bound.append(
-                bind(
-                    step,
-                    sheets=self.lowered.sheets,
-                    layouts=self.layouts,
-                    planes=self.planes.__getitem__,
-                    kernel=self.kernels.get(step),
-                    pool=self.pool,
-                )
-            )
+        times = _REPEATED if self.pool else 1
+        bound = bind_all(
+            steps * times,
+            sheets=self.lowered.sheets,
+            layouts=self.layouts,
+            planes=self.planes.__getitem__,
+            kernels=self.kernels,
+            threads=self.pool.threads if self.pool else 1,
+            pool=self.pool,
+        )
 
         def run() -> None:
             for one in bound:
                 one(self.values, 0)
 
-        return shortest(run, threads=self.pool.threads if self.pool else 1)
+        return shortest(run, threads=self.pool.threads if self.pool else 1) / times
 
     def other_tilings(self) -> list[Tiling]:
         """Return what to try beside the default: other widths of a tile, other blocks of channels."""

@@ -82,7 +82,8 @@ def deploy(
             that are faster so, ``"memory"`` leaves them as they are wherever a sparse kernel runs. The same numbers
             are computed with.
         dtype: ``"auto"`` is float32, unless reduced precision is allowed and faster. ``"float32"`` is float32 always.
-        threads: Of the sparse kernels; as many as PyTorch uses by default. PyTorch's own number stays as it is.
+        threads: Of the sparse kernels; as many as PyTorch uses by default, or one where that is faster as a whole.
+            PyTorch's own number stays as it is.
         allow_reduced_precision: Whether bfloat16 may be used: dense, and for the weights of linears with few tokens.
         calibration: Examples of real inputs, of the example's shapes: ONNX Runtime in int8, quantised with them, takes
             part where it is installed and near enough to float32 on them, as the plan tells. Needs

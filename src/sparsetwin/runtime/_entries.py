@@ -25,6 +25,7 @@ from sparsetwin.runtime._program import Program
 from sparsetwin.runtime._rivals import Runner
 
 PROGRAMS = ("sparse", "sparse, all on planes", "dense graph")
+_ONE_THREAD = ", one thread"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +59,8 @@ def make_programs(
 ) -> dict[str, Made]:
     """Return the programs worth timing: as chosen, all on planes, all dense; equal ones once.
 
+    With several threads, those with kernels are there a second time, for one thread: small layers may be faster so.
+
     Args:
         graph: Fused.
         choices: Of another shape, to take over; measured if they are for other nodes.
@@ -81,7 +84,24 @@ def make_programs(
             seen.add(engines)
             name = "dense graph" if set(engines) <= {"dense"} else name
             made[name] = make(graph, found, packed=packed, threads=threads)
+    if threads > 1:
+        made |= {f"{name}{_ONE_THREAD}": _alone(found) for name, found in made.items() if name != "dense graph"}
     return made
+
+
+def _alone(made: Made) -> Made:
+    program = make_program(made.graph, made.choices, packed=made.packed, threads=1)
+    return replace(made, program=program)
+
+
+def is_program(name: str) -> bool:
+    """Tell whether a candidate of a plan is a program, which a file can hold."""
+    return name.removesuffix(_ONE_THREAD) in PROGRAMS
+
+
+def threads_of(plan: Plan) -> int:
+    """Return how many threads the kernels of a plan's program take."""
+    return 1 if plan.engine.endswith(_ONE_THREAD) else plan.threads
 
 
 def _fitting(graph: Graph, node: Node, choice: Choice) -> Choice:

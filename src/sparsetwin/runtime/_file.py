@@ -33,7 +33,7 @@ from sparsetwin.runtime._coding import (
     encoded_matrix,
     encoded_spec,
 )
-from sparsetwin.runtime._entries import PROGRAMS, Entry, Made
+from sparsetwin.runtime._entries import Entry, Made, is_program
 from sparsetwin.runtime._graph import Graph, Layer, Node
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
@@ -177,7 +177,7 @@ def _without_packed(made: Made) -> Graph:
 
 def _plan_of_program(plan: Plan) -> Plan:
     """Return the plan of what a file holds: the fastest program, even where the model itself was faster still."""
-    programs = {name: seconds for name, seconds in plan.candidates.items() if name in PROGRAMS}
+    programs = {name: seconds for name, seconds in plan.candidates.items() if is_program(name)}
     return replace(plan, engine=min(programs, key=programs.__getitem__))
 
 

@@ -15,7 +15,7 @@ from sparsetwin.errors import CheckpointError, ConfigError, UsageError
 from sparsetwin.runtime._calls import Call, plain_mode
 from sparsetwin.runtime._choices import Choice, make_program
 from sparsetwin.runtime._deployed import Deployed
-from sparsetwin.runtime._entries import Entry, Made, make, make_programs, unpacked, with_program
+from sparsetwin.runtime._entries import Entry, Made, make, make_programs, threads_of, unpacked, with_program
 from sparsetwin.runtime._file import Saved, read_file
 from sparsetwin.runtime._graph import Graph, Layer, Node, Torch, Value
 from sparsetwin.runtime._machine import kernels_run, machine
@@ -92,7 +92,8 @@ class FileSource:
     def restored(self, saved: Saved) -> Entry:
         """Return a saved plan as it was; measured again if this machine or the number of threads is another one."""
         if kernels_run() and (saved.plan.machine, saved.plan.threads) == (machine(), self.threads):
-            program = make_program(saved.graph, saved.choices, packed=saved.packed, threads=self.threads)
+            threads = threads_of(saved.plan)
+            program = make_program(saved.graph, saved.choices, packed=saved.packed, threads=threads)
             made = Made(program=program, graph=saved.graph, choices=saved.choices, packed=saved.packed)
             return Entry(call=saved.call, run=made.run, plan=saved.plan, program=made)
         return self._measured(saved.call, unpacked(saved.graph, saved.packed), {})

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsetwin.kernels import PlaneWindow, Pool, SparseConvolution
-from sparsetwin.runtime._graph import Graph, Ref, Torch, filled
+from sparsetwin.runtime._graph import Graph, Node, Ref, Torch, filled
 from sparsetwin.runtime._layouts import lay_out
 from sparsetwin.runtime._lowering import Form, lower
 from sparsetwin.runtime._memory import Memory, Part, Segment, plan_memory
 from sparsetwin.runtime._plain import torch_function
-from sparsetwin.runtime._segments import Bound, bind
+from sparsetwin.runtime._segments import Bound, bind_all
+from sparsetwin.runtime._serial import is_small, serial
 from sparsetwin.runtime._steps import Pool as PoolStep
 from sparsetwin.runtime._steps import (
     Product,
@@ -64,13 +65,17 @@ class Program:
             elif isinstance(step, PoolStep):
                 self.kernels[step] = step.kernel(self.layouts)
             elif isinstance(step, TensorStep) and isinstance(step.node.operation, Torch):
-                self.torch[step.node.output] = torch_function(step.node.operation)
+                self.torch[step.node.output] = self._shared(step.node, torch_function(step.node.operation))
             elif isinstance(step, TensorStep):
-                self.functions[step.node.output] = function(step.node)
+                self.functions[step.node.output] = self._shared(step.node, function(step.node))
         self.pool = Pool(threads) if threads > 1 else None
         self._free: deque[Workspace] = deque()  # append and pop are atomic
         self._dropped = _last_uses(self.parts, graph)
         self.tensors: Tensors = plan_tensors(self.parts, graph)
+
+    def _shared(self, node: Node, run: Function) -> Function:
+        """Return what runs a node on tensors, on one of PyTorch's threads if kernels have several and it is small."""
+        return serial(run) if self.threads > 1 and is_small(node, self.graph.values) else run
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the leaves of the result for the leaves of a call, none of which requires a gradient."""
@@ -169,17 +174,15 @@ class Workspace:
                     return self._whole[sheet][image : image + 1]
                 return self._slots[slot][program.memory.local[sheet]]
 
-            self._bound[key] = [
-                bind(
-                    step,
-                    sheets=program.sheets,
-                    layouts=program.layouts,
-                    planes=planes,
-                    kernel=program.kernels.get(step),
-                    pool=program.pool if shared else None,
-                )
-                for step in segment.steps
-            ]
+            self._bound[key] = bind_all(
+                segment.steps,
+                sheets=program.sheets,
+                layouts=program.layouts,
+                planes=planes,
+                kernels=program.kernels,
+                threads=program.threads,
+                pool=program.pool if shared else None,
+            )
         return self._bound[key]
 
 

@@ -1,75 +1,121 @@
 """Steps on planes bound to memory: functions of the tensors of a call and the number of an image."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import PlaneLayout, PlaneWindow, Pool, SparseConvolution
+from sparsetwin.kernels import Chain, KernelPiece, PlaneLayout, PlaneWindow, Pool, SparseConvolution
+from sparsetwin.runtime._serial import serial
 from sparsetwin.runtime._sheets import Sheet, pack_image, pixels, unpack_image
-from sparsetwin.runtime._steps import Mean, Pack, Product, Step, Unpack
+from sparsetwin.runtime._steps import Mean, Pack, Product, Step, Unpack, sheets_read, sheets_written
 from sparsetwin.runtime._steps import Pool as PoolStep
 
 Bound = Callable[[dict[int, Any], int], None]
-_Piece = Callable[[], None]
+Planes = Callable[[int], Tensor]
+PlaneKernel = SparseConvolution | PlaneWindow
 
 
-def bind(
-    step: Step,
+def bind_all(
+    steps: Sequence[Step],
     *,
     sheets: Mapping[int, Sheet],
     layouts: Mapping[int, PlaneLayout],
-    planes: Callable[[int], Tensor],
-    kernel: SparseConvolution | PlaneWindow | None,
+    planes: Planes,
+    kernels: Mapping[Step, PlaneKernel],
+    threads: int,
     pool: Pool | None,
-) -> Bound:
-    """Return what runs a step on one image.
+) -> list[Bound]:
+    """Return what runs steps on one image, one after the other; kernels without others between them are one chain.
 
     Args:
-        step: A step on planes.
+        steps: On planes, in order.
         sheets: What each sheet holds.
         layouts: How it lies.
         planes: Returns a sheet's memory, (1, elements), which stays where it is.
-        kernel: The step's, where it has one.
-        pool: Threads that share the step; the caller's alone if None.
+        kernels: Those of the steps that have one.
+        threads: That run kernels at once, on this image or others.
+        pool: Threads that share the kernels' work; the caller's alone if None.
     """
-    threads = pool.threads if pool else 1
+    found: list[Bound] = []
+    waiting: list[Step] = []
+
+    def flush() -> None:
+        if waiting:
+            work = [(step, _pieces(step, kernels[step], planes, pool)) for step in waiting]
+            found.append(_run(work, planes, pool))
+            waiting.clear()
+
+    for step in steps:
+        if step in kernels:
+            waiting.append(step)
+            continue
+        flush()
+        run = _bind(step, sheets=sheets, layouts=layouts, planes=planes)
+        found.append(serial(run) if threads > 1 else run)
+    flush()
+    return found
+
+
+def _bind(step: Step, *, sheets: Mapping[int, Sheet], layouts: Mapping[int, PlaneLayout], planes: Planes) -> Bound:
+    """Return what runs a step that has no kernel."""
     match step:
-        case Product():
-            assert isinstance(kernel, SparseConvolution)
-            residual = None if step.residual is None else planes(step.residual)
-            pieces = kernel.bound(planes(step.source), residual=residual, out=planes(step.sheet), threads=threads)
-            return _run(pieces, pool)
-        case PoolStep():
-            assert isinstance(kernel, PlaneWindow)
-            return _run(kernel.bound(planes(step.source), out=planes(step.sheet), threads=threads), pool)
         case Pack():
             return _pack(step.value, sheets[step.sheet], pixels(layouts[step.sheet], planes(step.sheet)))
         case Unpack():
             return _unpack(step.value, sheets[step.sheet], pixels(layouts[step.sheet], planes(step.sheet)))
         case Mean():
             return _mean(step.value, sheets[step.source], layouts[step.source], planes(step.source))
-    raise AssertionError(f"{step} does not work on planes")
+    raise AssertionError(f"{step} has no kernel and does not work on planes")
 
 
-def _run(pieces: list[_Piece], pool: Pool | None) -> Bound:
-    if len(pieces) == 1:
-        (only,) = pieces
+def _pieces(step: Step, kernel: PlaneKernel, planes: Planes, pool: Pool | None) -> list[KernelPiece]:
+    threads = pool.threads if pool else 1
+    if isinstance(kernel, PlaneWindow):
+        assert isinstance(step, PoolStep)
+        return kernel.bound(planes(step.source), out=planes(step.sheet), threads=threads)
+    assert isinstance(step, Product)
+    residual = None if step.residual is None else planes(step.residual)
+    return kernel.bound(planes(step.source), residual=residual, out=planes(step.sheet), threads=threads)
 
-        def run_one(values: dict[int, Any], image: int) -> None:
-            only()
 
-        return run_one
+def _run(work: Sequence[tuple[Step, list[KernelPiece]]], planes: Planes, pool: Pool | None) -> Bound:
+    ranks = _ranks([step for step, _ in work], planes) if pool is not None else list(range(len(work)))
+    kernels: list[list[KernelPiece]] = [[] for _ in range(max(ranks) + 1)]
+    for rank, (_, pieces) in zip(ranks, work, strict=True):
+        kernels[rank] += pieces
+    chain = Chain(kernels)
 
     def run(values: dict[int, Any], image: int) -> None:
-        if pool is None:
-            for piece in pieces:
-                piece()
-        else:
-            pool.run(pieces)
+        chain.run(pool)
 
     return run
+
+
+def _ranks(steps: Sequence[Step], planes: Planes) -> list[int]:
+    """Return for each step how many others must come before it; steps of one rank do not touch each other's memory."""
+    read: dict[int, int] = {}  # memory -> the first rank that may write it
+    written: dict[int, int] = {}  # memory -> the first rank that may read it
+    phases: dict[int, tuple[int, int]] = {}  # memory -> the sheet whose phases are being written, and the least rank
+    ranks = []
+    for step in steps:
+        sources = [planes(sheet).data_ptr() for sheet in sheets_read(step)]
+        (sheet,) = sheets_written(step)
+        out = planes(sheet).data_ptr()
+        free = max(read.get(out, 0), written.get(out, 0))
+        if isinstance(step, PoolStep):  # kernels that write phases of one sheet do not disturb each other
+            if phases.get(out, (-1, 0))[0] != sheet:
+                phases[out] = (sheet, free)
+            free = phases[out][1]
+        else:
+            phases.pop(out, None)
+        rank = max([free, *(written.get(source, 0) for source in sources)])
+        ranks.append(rank)
+        written[out] = max(written.get(out, 0), rank + 1)
+        for source in sources:
+            read[source] = max(read.get(source, 0), rank + 1)
+    return ranks
 
 
 def _pack(value: int, sheet: Sheet, view: Tensor) -> Bound:
