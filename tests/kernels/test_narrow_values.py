@@ -47,7 +47,7 @@ def test_every_shape_density_and_epilogue_equals_the_plain_twin(sizes, density, 
     x, bias = dense(length, columns), dense(rows, seed=2) if with_bias else None
     residual = dense(rows, columns, seed=3) if with_residual else None
     expected = reference_product(weight, x, bias=bias, residual=residual, activation=activation)
-    terms = terms_of(reference_weight(weight), x)
+    terms = terms_of(weight.dense(), x)
     for narrow in (True, False):
         matrix = CSRBlocks.from_kept(weight, block_columns=block, narrow=narrow)
         assert matrix.values.dtype == (weight.values.dtype if narrow else torch.float32)

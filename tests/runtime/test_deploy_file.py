@@ -19,6 +19,7 @@ from sparsetwin.kernels import CSRBlocks, KeptWeight
 from sparsetwin.models import build
 from sparsetwin.runtime import Deployed, deploy, load
 from sparsetwin.runtime._coding import Store, decoded_graph, decoded_matrix, encoded_graph, encoded_matrix
+from sparsetwin.runtime._entries import PROGRAMS
 from sparsetwin.runtime._plain import run_plain
 
 
@@ -53,7 +54,7 @@ def test_a_loaded_network_gives_the_same_bits_for_every_shape_that_was_planned(d
         assert torch.equal(loaded(images=x), loaded(x))
     assert len(loaded.plans) == 2
     assert loaded.plan.layers == deployed.plan.layers
-    assert loaded.plan.engine in ("sparse", "sparse, all on planes", "dense graph")  # a file holds no model
+    assert loaded.plan.engine.removesuffix(", one thread") in PROGRAMS  # a file holds no model
     assert list(path.parent.iterdir()) == [path]
 
 
