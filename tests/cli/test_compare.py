@@ -4,11 +4,15 @@ import csv
 import json
 import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import TINY, Commands
+
+from sparsetwin.errors import UsageError
+from sparsetwin.training import RunFolder
 
 LENGTHS = ("--schedule.warmup", 0.25, "--schedule.sparse", 0.25, "--schedule.dense", 0.25,
            "--schedule.final-dense", 0.25, "--schedule.final-sparse", 0.25)  # fmt: skip
@@ -137,6 +141,28 @@ class TestGoingOn:
         for name in ("acdc", "static"):
             ours, theirs = (folder / "runs" / name / "0.9" / "seed-0" for folder in (cli.folder / "c", compared))
             assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
+
+    def test_its_runs_save_and_stop_when_it_is_killed(self, cli: Commands) -> None:
+        slow = ("--epochs", 400, "--model.name", "tiny_networks:convolutional")
+        running = cli.start(*ONE, *slow, "--methods", "dense", "--seeds", 1, "--out", "c")
+        folder = RunFolder(cli.folder / "c" / "runs" / "dense" / "dense" / "seed-0")
+        assert running.until(lambda: (folder.path / "metrics.jsonl").exists())
+        running.send(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
+        give_up = time.monotonic() + 60
+        while is_locked(folder):
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        assert not folder.is_finished
+        assert list((folder.path / "checkpoints").glob("step-*.pt"))
+
+
+def is_locked(folder: RunFolder) -> bool:
+    try:
+        with folder.locked():
+            return False
+    except UsageError:
+        return True
 
 
 def test_a_run_that_comes_to_nothing_is_shown_as_failed_and_not_tried_again(cli: Commands) -> None:

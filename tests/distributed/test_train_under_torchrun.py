@@ -91,7 +91,6 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_go_on_to
         (("--fsdp", "--train.ema-decay", "0.9"), "--train.ema-decay does not go with --fsdp"),
         (("--fsdp", "--train.precision", "fp16"), "--train.precision fp16 does not go with --fsdp"),
         (("--fsdp", "--train.channels-last"), "--train.channels-last does not go with --fsdp"),
-        (("--fsdp", "--optimizer.name", "muon"), "--optimizer.name muon does not go with --fsdp"),
         (("--distributed.sync-batch-norm",), "leave out --distributed.sync-batch-norm"),
     ],
 )
@@ -130,8 +129,9 @@ def test_a_folder_in_use_is_refused_in_all_processes(server: Server, copies: Pat
         (("--train.compile", "--model.name", "shared_networks:plain", "--fsdp"), 2),
         ((), 3),
         (("--fsdp", "--train.clip-norm", "0.5"), 3),
+        (("--fsdp", "--optimizer.name", "muon", "--optimizer.lr", "0.003"), 2),
     ],
-    ids=["average", "fp16", "shards", "compiled copies", "compiled shards", "three copies", "three shards"],
+    ids=["average", "fp16", "shards", "compiled copies", "compiled shards", "three copies", "three shards", "muon"],
 )  # fmt: skip
 def test_settings_of_the_loop_work_and_stop_and_go_on(server: Server, tmp_path: Path, flags, count):
     (whole := tmp_path / "whole").mkdir()

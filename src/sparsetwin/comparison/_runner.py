@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -179,10 +180,18 @@ def _train(folder: RunFolder) -> bool:
     run = build_run(recipe_from_plain(described["config"]), folder, data=None if data is None else Path(data))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: run.request_stop())
+    threading.Thread(target=_after_parent, args=(run.request_stop,), daemon=True).start()
     finished = run.execute()
     if finished:
         write_report([folder.path], folder.report)
     return finished
+
+
+def _after_parent(stop: Callable[[], None]) -> None:
+    """Call ``stop`` when the comparison is gone, even killed: nobody waits for this run's result any more."""
+    if parent := multiprocessing.parent_process():
+        connection.wait([parent.sentinel])
+        stop()
 
 
 def outcome(folder: Path) -> Outcome | None:

@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
     _constructor(recipe.model)
     check_trained(recipe)
     device = choose_device(recipe.device)
-    check_distributed(recipe.distributed, recipe.train, recipe.optimizer, device=device)
+    check_distributed(recipe.distributed, recipe.train, device=device)
     method = _planned_method(recipe)
     if method is not None and recipe.train.dense_finetune:
         finetuning_step(method)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sparsetwin.errors import ConfigError
 from sparsetwin.sparsifier import cut_like, gathered
 from sparsetwin.training.processes import Processes
-from sparsetwin.training.settings import DistributedSettings, OptimizerSettings, TrainSettings
+from sparsetwin.training.settings import DistributedSettings, TrainSettings
 
 # buffers are shared once a step, after it; torch 2.13 has a new name for what lets DDP leave them alone
 _NAMES = inspect.signature(DistributedDataParallel).parameters
@@ -24,9 +24,7 @@ _BUFFERS_STAY: dict[str, Any] = {
 }
 
 
-def check_distributed(
-    settings: DistributedSettings, train: TrainSettings, optimizer: OptimizerSettings, *, device: torch.device
-) -> None:
+def check_distributed(settings: DistributedSettings, train: TrainSettings, *, device: torch.device) -> None:
     """Refuse, before anything is trained, what several processes cannot do together.
 
     Raises:
@@ -42,7 +40,6 @@ def check_distributed(
         (train.ema_decay, "--train.ema-decay", "an average of shards is not kept"),
         (train.precision == "fp16", "--train.precision fp16", "each process would skip other updates; use bf16"),
         (train.channels_last, "--train.channels-last", "FSDP2 shards contiguous weights only"),
-        (optimizer.name == "muon", "--optimizer.name muon", "it needs whole matrices"),
     ):
         if asked:
             raise ConfigError(f"{flag} does not go with --fsdp: {instead}; or train without --fsdp")
