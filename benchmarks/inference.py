@@ -50,6 +50,7 @@ from sparsetwin.runtime import Deployed, deploy
 
 Run = Callable[[], Any]
 Timer = Callable[[], float]  # one call: its seconds
+_REDUCED = 5e-2  # relative error in bfloat16 and float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Settings:
     """Contestants; torch is its eager mode in both layouts, csr its sparse matrices (for BERT)."""
     deepsparse_python: Path | None = None
     """Python 3.10 or older with the package deepsparse."""
+    reduced_precision: bool = False
+    """Also in bfloat16 and float16: deployed with the permission, against torch and OpenVINO in bfloat16."""
     scaling: bool = False
     """Time several threads against one, and no other engine."""
     packages: Path | None = None
@@ -141,6 +144,12 @@ def dense_engines(model: nn.Module, inputs: tuple[Tensor, ...], settings: Settin
             last = copy.deepcopy(model).to(memory_format=torch.channels_last)
             images = inputs[0].to(memory_format=torch.channels_last)
             found["torch eager channels_last"] = lambda: last(images)
+            if settings.reduced_precision:
+                half, few = copy.deepcopy(last).bfloat16(), images.bfloat16()
+                found["torch bfloat16 channels_last"] = lambda: half(few)
+        elif settings.reduced_precision:
+            half = copy.deepcopy(model).bfloat16()
+            found["torch bfloat16"] = lambda: half(*inputs)
     if "compile" in settings.engines:
         importlib.import_module("torch._inductor.config").freezing = True  # as an option it has half the effect
         compiled = torch.compile(copy.deepcopy(model))
@@ -157,11 +166,12 @@ def dense_engines(model: nn.Module, inputs: tuple[Tensor, ...], settings: Settin
             found[f"onnxruntime {ort.__version__}"] = lambda: torch.from_numpy(session.run(None, feed)[0])
         if "openvino" in settings.engines:
             openvino: Any = importlib.import_module("openvino")
-            hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": settings.threads, "NUM_STREAMS": 1}
-            engine = openvino.Core().compile_model(path, "CPU", hints)
-            request = engine.create_infer_request()
-            name = f"openvino {openvino.__version__.split('-')[0]}"
-            found[name] = lambda: torch.from_numpy(request.infer(numpy_inputs)[engine.output(0)])
+            hints = {"INFERENCE_NUM_THREADS": settings.threads, "NUM_STREAMS": 1}
+            for kind, shown in (("f32", ""), ("bf16", " bfloat16"))[: 1 + settings.reduced_precision]:
+                engine = openvino.Core().compile_model(path, "CPU", {**hints, "INFERENCE_PRECISION_HINT": kind})
+                request = engine.create_infer_request()
+                name = f"openvino {openvino.__version__.split('-')[0]}{shown}"
+                found[name] = lambda request=request: torch.from_numpy(next(iter(request.infer(numpy_inputs).values())))
     return found
 
 
@@ -280,13 +290,16 @@ def compare(settings: Settings, stack: ExitStack) -> dict[str, Any]:
         if not contestants:
             for name, run in dense_engines(twin, inputs, settings).items():
                 contestants[name], errors[name] = timed(run, settings), error(run(), expected)
-        deployed: Deployed = deploy(twin, inputs, threads=settings.threads, rivals=())
-        name = f"sparsetwin {sparsity:.0%}"
-        contestants[name] = timed(lambda deployed=deployed: deployed(*inputs), settings)
-        errors[name] = error(deployed(*inputs), expected)
-        assert errors[name] <= 1e-5, f"{name}: relative error {errors[name]:.1e}"
-        report["plans"][name] = deployed.plan.to_json()
-        print(f"{name}: {deployed.plan.engine}, deployed", flush=True)
+        for reduced in (False, True)[: 1 + settings.reduced_precision]:
+            deployed: Deployed = deploy(
+                twin, inputs, threads=settings.threads, rivals=(), allow_reduced_precision=reduced
+            )
+            name = f"sparsetwin {'reduced ' if reduced else ''}{sparsity:.0%}"
+            contestants[name] = timed(lambda deployed=deployed: deployed(*inputs), settings)
+            errors[name] = error(deployed(*inputs), expected)
+            assert errors[name] <= (_REDUCED if reduced else 1e-5), f"{name}: relative error {errors[name]:.1e}"
+            report["plans"][name] = deployed.plan.to_json()
+            print(f"{name}: {deployed.plan.engine}, deployed", flush=True)
         if "csr" in settings.engines:
             sparse = csr_network(twin, [names[id(layer)] for layer in layers])
             contestants[f"torch CSR {sparsity:.0%}"] = timed(lambda sparse=sparse: sparse(*inputs), settings)
@@ -304,7 +317,8 @@ def compare(settings: Settings, stack: ExitStack) -> dict[str, Any]:
             report.setdefault("own_kernels", {})[name] = round(engine.own, 4)
             print(f"{name}: {engine.own:.1%} of operations in its own kernels", flush=True)
     for name, found in errors.items():
-        assert found <= 1e-4, f"{name}: relative error {found:.1e}"
+        bound = _REDUCED if "bfloat16" in name or "reduced" in name else 1e-4
+        assert found <= bound, f"{name}: relative error {found:.1e}"
     show(race(contestants, settings), errors, report)
     return report
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import TARGETS, KeptWeight, Target, host_target
+from sparsetwin.kernels import TARGETS, KeptWeight, Target, half_target, host_target
 
 FP32 = 1e-5  # max|y - ref| / max|ref|, the bound that the library promises
+FP16 = 2e-3  # the same for a layer with float16 arithmetic
 
 
 def relative_error(y: Tensor, expected: Tensor, *, terms: float = 0.0) -> float:
@@ -35,6 +36,13 @@ def runnable_targets() -> dict[str, Target]:
     host = host_target()
     widths = {f"{lanes} lanes": replace(host, name="wide", lanes=lanes, registers=32) for lanes in (4, 8, 16)}
     return {"host": host, "generic": TARGETS["generic"], **widths}
+
+
+def half_targets() -> dict[str, Target]:
+    """Float16 arithmetic as this machine has it, and as LLVM puts it together where there is none."""
+    host, found = host_target(), half_target()
+    emulated = {"emulated": replace(host, name="emulated", registers=32, halves=True)} if host.half else {}
+    return emulated if found is None else {**emulated, "native": found}
 
 
 NARROW = ("int8", "float16", "bfloat16")

@@ -124,7 +124,42 @@ for target in (None, "generic"):
                         product._values = fenced(product._values, end)
                         product(fenced(torch.randn(tokens, length), end))
 """
-CASES = {"narrow": NARROW, "products": PRODUCTS, "tokens": TOKENS, "convolutions": CONVOLUTIONS, "windows": WINDOWS}
+DENSE = """
+from sparsetwin.kernels._dot import emulated_dot
+for name in ("amx", "avx512bf16"):
+    for end in (True, False):
+        for kernel, stride, padding, groups in ((3, 1, 1, 1), (1, 1, 0, 1), (3, 2, 1, 2), (2, 3, 0, 1)):
+            for size, tiling in (((5, 9), Tiling()), ((14, 14), Tiling(vectors=3, block=7)), ((2, 63), Tiling())):
+                pair = lambda number: (number, number)
+                geometry = ConvolutionGeometry(
+                    in_channels=10, out_channels=38, kernel=pair(kernel), height=size[0], width=size[1],
+                    stride=pair(stride), padding=pair(padding), groups=groups,
+                )
+                with emulated_dot(name) as dot:
+                    tiles = DenseTiles.from_dense(sparse(38, 10 // groups, kernel, kernel), groups=groups, dot=dot)
+                    tiles = replace(tiles, tiles=fenced(tiles.tiles, end))
+                    bias = fenced(torch.randn(38), end)
+                    convolution = DenseConvolution(tiles, geometry=geometry, bias=bias, residual=True, tiling=tiling)
+                for part in ("_keep", "_offsets"):
+                    setattr(convolution, part, fenced(getattr(convolution, part), end))
+                planes = fenced(convolution.source.pack(torch.randn(2, 10, *size)), end)
+                residual, out = (fenced(convolution.destination.empty(2), end) for _ in range(2))
+                for threads in (1, 3):
+                    panels, parts = Panels(convolution.panel_bytes), 64 if threads > 1 else 1
+                    memory = torch.empty(panels.byte_count, dtype=torch.uint8)
+                    panels._parts = [fenced(memory, end) for _ in range(parts)]
+                    for piece in convolution.bound(planes, residual=residual, out=out, panels=panels, threads=threads):
+                        piece()
+                    assert len(panels._parts) == parts
+"""
+CASES = {
+    "dense": DENSE,
+    "narrow": NARROW,
+    "products": PRODUCTS,
+    "tokens": TOKENS,
+    "convolutions": CONVOLUTIONS,
+    "windows": WINDOWS,
+}
 
 
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)

@@ -1,8 +1,11 @@
 """What the tests of deployed networks share: pruned networks with batch norms that do something, and their programs."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from sparsetwin.kernels import Target, host_target
 from sparsetwin.runtime._choices import Choice
 from sparsetwin.runtime._entries import Made, make
 from sparsetwin.runtime._fuse import fuse
@@ -12,6 +15,7 @@ from sparsetwin.runtime._products import Packed
 from sparsetwin.runtime._trace import trace
 
 FP32 = 1e-5  # max|y - ref| / max|ref|, the bound that the library promises
+FP16 = 5e-3  # the same for a network with float16 arithmetic
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:
@@ -46,6 +50,11 @@ def program(graph: Graph, *, planes: bool = True, threads: int = 1) -> Made:
         for node in graph.nodes
     }
     return make(graph, choices, packed=Packed(), threads=threads)
+
+
+def emulated_half() -> Target:
+    """Float16 arithmetic as LLVM puts it together where there is none; nothing that a user could ask for."""
+    return replace(host_target(), name="emulated", registers=32, halves=True)
 
 
 def images(*shape: int, seed: int = 1) -> Tensor:

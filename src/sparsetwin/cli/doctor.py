@@ -15,6 +15,7 @@ import tyro
 from sparsetwin import __version__
 from sparsetwin.cli._call import Switch, parse, print_json, print_table
 from sparsetwin.errors import ConfigError
+from sparsetwin.kernels import half_target, host_dot, is_available, tiles_refused
 
 _OPTIONAL = {  # package -> extra or "", and what it is for
     "pyarrow": ("data", "CIFAR and ImageNet from Parquet"),
@@ -72,6 +73,8 @@ def examine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_features": _cpu_features(),
+        "dense_bfloat16_kernels": _dense_kernels(),
+        "float16_kernels": _half_kernels(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in _OPTIONAL},
     }
@@ -124,6 +127,23 @@ def _cpu_features() -> list[str]:
         return []
     words = set(cpuinfo.read_text().split())
     return [feature for feature in _FEATURES if feature in words]
+
+
+def _dense_kernels() -> str:
+    """Return the instruction for dense layers in bfloat16, and why it is not AMX where the processor has that."""
+    if not is_available():
+        return "none: llvmlite is missing"
+    dot, refused = host_dot(), tiles_refused()
+    name = "none" if dot is None else dot.name
+    return name if refused is None else f"{name}; {refused}"
+
+
+def _half_kernels() -> str:
+    """Return the instruction set with float16 arithmetic that kernels are made for."""
+    if not is_available():
+        return "none: llvmlite is missing"
+    target = half_target()
+    return "none" if target is None else target.name
 
 
 def _shown(value: Any) -> str:

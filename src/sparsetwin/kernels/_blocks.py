@@ -230,6 +230,21 @@ class CSRBlocks:
         )
 
     @torch.no_grad()
+    def in_half(self, factor: float = 1.0) -> "CSRBlocks":
+        """Return the same weights times a number, scales applied, rounded once to float16."""
+        if self.values.dtype == torch.float16 and self.scales is None and factor == 1:
+            return self
+        values = self.values.double() * factor
+        if self.scales is not None:
+            values = values * self.scales.double()[(self.positions // self.columns).long()]
+        return replace(self, values=padded(values.half()), scales=None)
+
+    @property
+    def longest_row(self) -> int:
+        """The most weights that a row keeps, in all blocks together."""
+        return int(self.row_pointers.diff(dim=1).sum(0).max())
+
+    @torch.no_grad()
     def gather_(self, weight: Tensor) -> None:
         """Read the kept weights anew from the dense weight, in place: what training does after each step.
 
@@ -330,7 +345,17 @@ def check_float32(tensor: Tensor, name: str) -> None:
     Raises:
         ConfigError: By ``name``.
     """
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    check_dense(tensor, name, torch.float32)
+
+
+def check_dense(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+    """Refuse what is not a tensor of a dtype on the CPU.
+
+    Raises:
+        ConfigError: By ``name``.
+    """
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        expected = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{name} is {tensor.dtype} on {tensor.device}, {tensor.layout}; expected dense float32 on the CPU"
+            f"{name} is {tensor.dtype} on {tensor.device}, {tensor.layout}; expected dense {expected} on the CPU"
         )

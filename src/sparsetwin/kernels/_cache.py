@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsetwin.kernels._bitmask_ir import BitmaskSpecification, bitmask_ir
+from sparsetwin.kernels._dense_ir import DenseSpecification, dense_ir
 from sparsetwin.kernels._emitter import FUNCTION
 from sparsetwin.kernels._llvm import MachineCode, compile_function, compile_lock
 from sparsetwin.kernels._product_ir import product_ir
@@ -15,7 +16,12 @@ from sparsetwin.kernels._transpose_ir import TransposeSpecification, transpose_i
 from sparsetwin.kernels._window_ir import WindowSpecification, window_ir
 
 Specification = (
-    ProductSpecification | BitmaskSpecification | WindowSpecification | TransposeSpecification | WalkSpecification
+    ProductSpecification
+    | BitmaskSpecification
+    | WindowSpecification
+    | TransposeSpecification
+    | WalkSpecification
+    | DenseSpecification
 )
 
 
@@ -60,6 +66,8 @@ def kernel_ir(specification: Specification) -> str:
         return transpose_ir(specification)
     if isinstance(specification, WalkSpecification):
         return walk_ir(specification)
+    if isinstance(specification, DenseSpecification):
+        return dense_ir(specification)
     return bitmask_ir(specification)
 
 

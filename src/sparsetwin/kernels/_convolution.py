@@ -19,7 +19,7 @@ from sparsetwin.kernels._launch import (
 from sparsetwin.kernels._planes import PlaneLayout
 from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._product import default_block, overlap
-from sparsetwin.kernels._specification import Activation
+from sparsetwin.kernels._specification import Activation, Element, element_format
 from sparsetwin.kernels._target import Target, checked_target
 from sparsetwin.kernels._team import KernelPiece
 
@@ -31,13 +31,14 @@ class SparseConvolution:
     dilations and groups are free, depthwise among them. Pruned weights pass nothing on, as in `SparseProduct`.
 
     Args:
-        weight: (out, in / groups, kh, kw), float32; zeros are pruned. Or a `KeptWeight` or `CSRBlocks` of it.
+        weight: (out, in / groups, kh, kw), float32; zeros are pruned. Or a `KeptWeight`, or what `convolution_matrix`
+            made of it. Rounded to float16 for such planes.
         geometry: Sizes, stride, padding, dilation, groups.
         bias: (out,), float32.
         activation: Fused at the store.
         residual: Whether each call brings a residual, in the output's layout.
-        source: The input's layout; the smallest by default.
-        destination: The output's layout, of the same pitch; the smallest by default.
+        source: The input's layout; the smallest by default. In float16 the target must compute with that.
+        destination: The output's layout, of the same pitch and dtype; the smallest by default.
         tiling: How the product is cut; chosen by the sizes by default, one block with groups.
 
     Raises:
@@ -63,24 +64,29 @@ class SparseConvolution:
             raise ConfigError(reason)
         self.geometry = geometry
         self.source = geometry.input_layout() if source is None else source
-        self.destination = geometry.output_layout(self.source.pitch) if destination is None else destination
+        dtype = self.source.dtype
+        element = element_format(dtype)
+        if destination is None:
+            destination = geometry.output_layout(self.source.pitch, dtype=dtype)
+        self.destination = destination
         geometry.check_layouts(self.source, self.destination)
-        columns = geometry.written(self.source.pitch)
-        width = tiling.vectors or _default_width(weight, geometry, columns, chosen)
-        self.matrix = _matrix(weight, geometry, tiling, width, chosen)
+        columns = geometry.written(self.source.pitch, dtype)
+        width = tiling.vectors or _default_width(weight, geometry, columns, chosen, element)
+        self.matrix = _matrix(weight, geometry, tiling, width, chosen, element)
         if bias is not None:
             check_float32(bias, "the bias")
             bias = bias.detach().contiguous()
         self._residual = residual
-        self._keep = _columns_kept(geometry, self.source.pitch)
+        self._keep = _columns_kept(geometry, self.source)
         self._product = tiled_product(
-            self.matrix,
+            self.matrix if element == "float32" else self.matrix.in_half(),
             self.matrix.offsets(*_offsets(geometry, self.source)),
             columns=columns,
             target=chosen,
             vectors=width,
             epilogue=Epilogue(bias=bias, residual=residual, activation=activation),
             keep=True,
+            element=element,
         )
 
     @torch.no_grad()
@@ -90,7 +96,7 @@ class SparseConvolution:
         """Convolve.
 
         Args:
-            planes: (N, elements), float32, in the layout ``source``.
+            planes: (N, elements), in the layout ``source``.
             residual: (N, elements), in the layout ``destination``; given exactly if the convolution was made for one.
             out: (N, elements), in the layout ``destination``, zero between the pixels; new by default.
             pool: Threads; the caller's alone by default.
@@ -135,13 +141,14 @@ class SparseConvolution:
                     "out shares memory with an input; partial sums in it would overwrite what is still read"
                 )
         pieces: list[KernelPiece] = []
-        lead, pitch = 4 * self.destination.lead, 4 * self.destination.plane
+        size = self.source.dtype.itemsize
+        lead, pitch = size * self.destination.lead, size * self.destination.plane
         for image in range(images):
             at = Addresses(
-                input=planes.data_ptr() + 4 * image * self.source.elements,
-                output=out.data_ptr() + 4 * image * self.destination.elements + lead,
+                input=planes.data_ptr() + size * image * self.source.elements,
+                output=out.data_ptr() + size * image * self.destination.elements + lead,
                 output_pitch=pitch,
-                residual=residual.data_ptr() + 4 * image * self.destination.elements + lead
+                residual=residual.data_ptr() + size * image * self.destination.elements + lead
                 if residual is not None
                 else 0,
                 residual_pitch=pitch,
@@ -157,11 +164,34 @@ class SparseConvolution:
         return self.destination.unpack(self(self.source.pack(x), residual=across, pool=pool))
 
 
+def convolution_matrix(
+    weight: KeptWeight | Tensor, *, geometry: ConvolutionGeometry, source: PlaneLayout, tiling: Tiling
+) -> CSRBlocks:
+    """Return the matrix that a convolution of such a weight would have.
+
+    Args:
+        weight: As for `SparseConvolution`.
+        geometry: As for `SparseConvolution`.
+        source: The input's layout.
+        tiling: How the product is cut; chosen by the sizes by default.
+    """
+    target = checked_target(tiling.target)
+    columns = geometry.written(source.pitch, source.dtype)
+    element = element_format(source.dtype)
+    width = tiling.vectors or _default_width(weight, geometry, columns, target, element)
+    return _matrix(weight, geometry, tiling, width, target, element)
+
+
 def _default_width(
-    weight: CSRBlocks | KeptWeight | Tensor, geometry: ConvolutionGeometry, columns: int, target: Target
+    weight: CSRBlocks | KeptWeight | Tensor,
+    geometry: ConvolutionGeometry,
+    columns: int,
+    target: Target,
+    element: Element,
 ) -> int:
     kept = weight.kept / (weight.rows * weight.columns) if isinstance(weight, CSRBlocks) else density(weight)
-    return dense_vectors(columns, target) if kept == 1 and geometry.groups == 1 else default_vectors(columns, target)
+    wanted = dense_vectors if kept == 1 and geometry.groups == 1 else default_vectors
+    return wanted(columns, target, element)
 
 
 def _matrix(
@@ -170,6 +200,7 @@ def _matrix(
     tiling: Tiling,
     vectors: int,
     target: Target,
+    element: Element,
 ) -> CSRBlocks:
     taps = geometry.kernel[0] * geometry.kernel[1]
     per_group = geometry.in_channels // geometry.groups
@@ -185,7 +216,8 @@ def _matrix(
         channels = per_group
     elif channels is None:  # taps along a row read nearly the same lines
         kept = taps * density(weight)
-        channels = default_block(per_group, kept=kept, lines=geometry.kernel[0] * vectors, target=target)
+        lines = geometry.kernel[0] * vectors
+        channels = default_block(per_group, kept=kept, lines=lines, target=target, element=element)
     return packed(weight, channels * taps, narrow=tiling.narrow)
 
 
@@ -201,12 +233,15 @@ def _offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor
     per_group = geometry.in_channels // geometry.groups
     columns = torch.arange(per_group).unsqueeze(1) * channel + torch.tensor(taps)
     group = torch.arange(geometry.out_channels) // (geometry.out_channels // geometry.groups)
-    return 4 * columns.reshape(-1), 4 * group * per_group * channel
+    size = source.dtype.itemsize
+    return size * columns.reshape(-1), size * group * per_group * channel
 
 
-def _columns_kept(geometry: ConvolutionGeometry, pitch: int) -> Tensor:
-    """Return int32, all ones where a column of the product is a pixel of the result, else zero."""
+def _columns_kept(geometry: ConvolutionGeometry, source: PlaneLayout) -> Tensor:
+    """Return integers of the planes' size, all ones where a column of the product is a pixel of the result, else 0."""
     height, width = geometry.out_size
-    keep = torch.zeros(geometry.written(pitch), dtype=torch.int32)
+    pitch = source.pitch
+    kind = torch.int32 if source.dtype == torch.float32 else torch.int16
+    keep = torch.zeros(geometry.written(pitch, source.dtype), dtype=kind)
     keep[: height * pitch].view(height, pitch)[:, :width] = -1
     return keep

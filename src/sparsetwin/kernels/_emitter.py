@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsetwin.kernels._llvm import llvm_ir
-from sparsetwin.kernels._specification import Activation, ValueFormat
+from sparsetwin.kernels._specification import ELEMENT_BYTES, Activation, Element, ValueFormat
 
 FUNCTION = "kernel"
 LINE_BYTES = 64  # of a cache line
@@ -13,16 +13,19 @@ _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the 
 
 
 class Emitter:
-    """Builds one function ``void kernel(...)`` on vectors of ``lanes`` float32 numbers.
+    """Builds one function ``void kernel(...)`` on vectors of ``lanes`` numbers, float32 or as ``element`` says.
 
     Args:
         arguments: How many 64-bit arguments the function takes after the pointer to its table of arguments.
         lanes: Of one vector.
         fused: Whether multiply-adds round once; without the instruction they would be slow library calls.
         half: Whether float16 is widened by an instruction, for the same reason.
+        element: Of vectors in memory.
     """
 
-    def __init__(self, *, arguments: int, lanes: int, fused: bool, half: bool = False) -> None:
+    def __init__(
+        self, *, arguments: int, lanes: int, fused: bool, half: bool = False, element: Element = "float32"
+    ) -> None:
         ir = llvm_ir()
         self.ir = ir
         self.lanes = lanes
@@ -34,6 +37,11 @@ class Emitter:
         self.vector = ir.VectorType(self.f32, lanes)
         self.integers = ir.VectorType(self.i32, lanes)
         self.bits = ir.VectorType(self.i1, lanes)
+        self.element_bytes = ELEMENT_BYTES[element]
+        self.element = ir.HalfType() if element == "float16" else self.f32
+        self.elements = ir.VectorType(self.element, lanes)
+        self.element_integers = ir.VectorType(ir.IntType(8 * self.element_bytes), lanes)
+        self.attributes: list[str] = []  # of the function, such as ``"name"="value"``
         self.module = ir.Module(name=FUNCTION)
         signature = ir.FunctionType(ir.VoidType(), [self.pointer] + [self.i64] * arguments)
         self.function = ir.Function(self.module, signature, name=FUNCTION)
@@ -42,11 +50,9 @@ class Emitter:
 
     def text(self) -> str:
         """Return the module. LLVM would split 512-bit vectors in two unless it is told that they are wanted."""
-        text = str(self.module)
-        if self.lanes >= 16:
-            wide = f'"prefer-vector-width"="{32 * self.lanes}" "min-legal-vector-width"="{32 * self.lanes}"'
-            text = text.replace(" nounwind", f" nounwind {wide}", 1)
-        return text
+        bits = 8 * self.element_bytes * self.lanes
+        wide = [f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'] if bits >= 512 else []
+        return str(self.module).replace(" nounwind", " ".join([" nounwind", *wide, *self.attributes]), 1)
 
     # constants and addresses
 
@@ -58,6 +64,10 @@ class Emitter:
         """Return a constant vector: of float32 for a float, of int32 for an int."""
         kind = self.vector if isinstance(number, float) else self.integers
         return self.ir.Constant(kind, [number] * self.lanes)
+
+    def zeros(self) -> Any:
+        """Return a vector of zeros of the element's type."""
+        return self.ir.Constant(self.elements, [0.0] * self.lanes)
 
     def address(self, base: Any, byte_offset: Any) -> Any:
         """Return ``base`` moved by a number of bytes."""
@@ -76,20 +86,22 @@ class Emitter:
 
     def load_vector(self, pointer: Any, mask: Any = None) -> Any:
         """Load a vector from any address; lanes that ``mask`` leaves out are not touched and read as zero."""
+        size, kind = self.element_bytes, self.elements
         if mask is None:
-            return self.b.load(pointer, typ=self.vector, align=4)
-        name = f"llvm.masked.load.v{self.lanes}f32.p0"
-        load = self.declare(name, self.vector, [self.pointer, self.i32, self.bits, self.vector])
-        return self.b.call(load, [pointer, self.i32(4), mask, self.splat(0.0)])
+            return self.b.load(pointer, typ=kind, align=size)
+        name = f"llvm.masked.load.v{self.lanes}f{8 * size}.p0"
+        load = self.declare(name, kind, [self.pointer, self.i32, self.bits, kind])
+        return self.b.call(load, [pointer, self.i32(size), mask, self.zeros()])
 
     def store_vector(self, vector: Any, pointer: Any, mask: Any = None) -> None:
         """Store a vector to any address; lanes that ``mask`` leaves out are not touched."""
+        size = self.element_bytes
         if mask is None:
-            self.b.store(vector, pointer, align=4)
+            self.b.store(vector, pointer, align=size)
             return
-        name = f"llvm.masked.store.v{self.lanes}f32.p0"
-        store = self.declare(name, self.ir.VoidType(), [self.vector, self.pointer, self.i32, self.bits])
-        self.b.call(store, [vector, pointer, self.i32(4), mask])
+        name = f"llvm.masked.store.v{self.lanes}f{8 * size}.p0"
+        store = self.declare(name, self.ir.VoidType(), [self.elements, self.pointer, self.i32, self.bits])
+        self.b.call(store, [vector, pointer, self.i32(size), mask])
 
     def prefetch(self, pointer: Any, byte_count: int, *, write: bool) -> None:
         """Ask for the cache lines of an address and of those behind it, which may lie anywhere: none is touched."""
@@ -144,6 +156,14 @@ class Emitter:
         chosen = self.b.select(is_special, special, self.b.bitcast(finite, integer))
         return self.b.bitcast(self.b.or_(chosen, sign), real)
 
+    def widened(self, vector: Any) -> Any:
+        """Return a vector of elements in float32."""
+        return vector if vector.type == self.vector else self.b.fpext(vector, self.vector)
+
+    def narrowed(self, vector: Any) -> Any:
+        """Return a vector, float32 or of elements, as elements."""
+        return vector if vector.type == self.elements else self.b.fptrunc(vector, self.elements)
+
     # loops
 
     @contextmanager
@@ -180,6 +200,10 @@ class Emitter:
         following[:] = carried
         self.b.position_at_end(done)
 
+    def least(self, a: Any, b: Any) -> Any:
+        """Return the smaller of two 64-bit integers."""
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
     def either(self, condition: Any, yes: Callable[[], list[Any]], no: Callable[[], list[Any]]) -> list[Any]:
         """Run one of two branches, each of which returns as many values of the same types; return the values."""
         blocks = [self.function.append_basic_block(name) for name in ("yes", "no", "joined")]
@@ -205,12 +229,14 @@ class Emitter:
         """Return ``a * b + c``, rounded once where the target can."""
         if not self.fused:
             return self.b.fadd(self.b.fmul(a, b), c)
-        fma = self.declare(f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3)
+        kind = a.type
+        name = "fma.v{}f32" if kind == self.vector else "fmuladd.v{}f16"  # without the instruction: two, no call
+        fma = self.declare(f"llvm.{name.format(self.lanes)}", kind, [kind] * 3)
         return self.b.call(fma, [a, b, c])
 
     def keep_lanes(self, vector: Any, bits: Any) -> Any:
-        """Clear the lanes whose int32 in ``bits`` is zero; the others are all ones."""
-        return self.b.bitcast(self.b.and_(self.b.bitcast(vector, self.integers), bits), self.vector)
+        """Clear the lanes whose integer, of the element's size, in ``bits`` is zero; the others are all ones."""
+        return self.b.bitcast(self.b.and_(self.b.bitcast(vector, bits.type), bits), vector.type)
 
     def activate(self, x: Any, activation: Activation | None) -> Any:
         """Return the activation function of a vector. NaN stays NaN."""
@@ -219,7 +245,12 @@ class Emitter:
         return {"relu": self._relu, "gelu": self._gelu, "gelu_tanh": self._gelu_tanh, "silu": self._silu}[activation](x)
 
     def _relu(self, x: Any) -> Any:
-        return self._select(self.b.fcmp_ordered("<", x, self.splat(0.0)), self.splat(0.0), x)
+        zero = self.ir.Constant(x.type, [0.0] * self.lanes)
+        return self._select(self.b.fcmp_ordered("<", x, zero), zero, x)
+
+    def exposed(self, x: Any, original: Any) -> Any:
+        """Return ``x``, NaN where ``original`` is not finite."""
+        return self.b.fadd(x, self.b.fsub(original, original))
 
     def _silu(self, x: Any) -> Any:
         return self.b.fdiv(x, self.b.fadd(self.splat(1.0), self._exp(self.b.fneg(x))))

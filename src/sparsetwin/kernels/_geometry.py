@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._planes import PlaneLayout, make_layout
-from sparsetwin.kernels._product import LINE
+from sparsetwin.kernels._product import LINE_BYTES
 
 Pair = tuple[int, int]
 _REACH = 2**31 - 1  # bytes that 32-bit offsets span
@@ -56,15 +58,16 @@ class ConvolutionGeometry:
         columns = -(-self.width // self.stride[1])
         return max(columns - least, self.out_size[1] + largest)
 
-    def written(self, pitch: int) -> int:
+    def written(self, pitch: int, dtype: torch.dtype = torch.float32) -> int:
         """Return how many elements of a plane the kernel computes: all output rows, in whole cache lines."""
-        return -(-self.out_size[0] * pitch // LINE) * LINE
+        line = LINE_BYTES // dtype.itemsize
+        return -(-self.out_size[0] * pitch // line) * line
 
-    def body(self, pitch: int) -> int:
+    def body(self, pitch: int, dtype: torch.dtype = torch.float32) -> int:
         """Return how many elements behind the first of an input plane the kernel may read."""
-        return self.written(pitch) + self.shifts(0)[1] * pitch + self.shifts(1)[1]
+        return self.written(pitch, dtype) + self.shifts(0)[1] * pitch + self.shifts(1)[1]
 
-    def input_layout(self, pitch: int | None = None) -> PlaneLayout:
+    def input_layout(self, pitch: int | None = None, *, dtype: torch.dtype = torch.float32) -> PlaneLayout:
         """Return the smallest layout that the convolution can read, or that of a larger pitch."""
         pitch = self.least_pitch() if pitch is None else pitch
         return make_layout(
@@ -74,14 +77,15 @@ class ConvolutionGeometry:
             phases=self.stride,
             pitch=pitch,
             lead=-self.shifts(0)[0] * pitch - self.shifts(1)[0],
-            body=self.body(pitch),
+            body=self.body(pitch, dtype),
+            dtype=dtype,
         )
 
-    def output_layout(self, pitch: int | None = None) -> PlaneLayout:
+    def output_layout(self, pitch: int | None = None, *, dtype: torch.dtype = torch.float32) -> PlaneLayout:
         """Return the smallest layout that the convolution can write; its pitch is that of the input's phases."""
         height, width = self.out_size
         pitch = self.least_pitch() if pitch is None else pitch
-        return make_layout(channels=self.out_channels, height=height, width=width, pitch=pitch)
+        return make_layout(channels=self.out_channels, height=height, width=width, pitch=pitch, dtype=dtype)
 
     def check_layouts(self, source: PlaneLayout, target: PlaneLayout) -> None:
         """Refuse layouts in which a tap would read another row's pixels, or beyond the planes.
@@ -89,15 +93,15 @@ class ConvolutionGeometry:
         Raises:
             ConfigError: With what is too small.
         """
-        pitch = source.pitch
+        pitch, dtype = source.pitch, source.dtype
         if pitch < self.least_pitch():
             raise ConfigError(f"input planes have a pitch of {pitch}; expected at least {self.least_pitch()}")
         needs = (
-            ("input", source, self.input_layout(pitch), self.body(pitch)),
-            ("output", target, self.output_layout(pitch), self.written(pitch)),
+            ("input", source, self.input_layout(pitch, dtype=dtype), self.body(pitch, dtype)),
+            ("output", target, self.output_layout(pitch, dtype=dtype), self.written(pitch, dtype)),
         )
         for name, given, least, body in needs:
-            sizes = ("channels", "height", "width", "phases", "pitch")
+            sizes = ("channels", "height", "width", "phases", "pitch", "dtype")
             if any(getattr(given, field) != getattr(least, field) for field in sizes):
                 raise ConfigError(f"{name} planes are {given}; expected the sizes of {least}")
             enough = given.lead >= least.lead and given.plane >= given.lead + body

@@ -15,7 +15,9 @@ from sparsetwin.kernels._pool import Piece, Pool
 from sparsetwin.kernels._product_ir import Argument
 from sparsetwin.kernels._specification import (
     Activation,
+    Element,
     ProductSpecification,
+    lanes_of,
     max_vectors,
     rows_together,
     value_format,
@@ -26,6 +28,8 @@ from sparsetwin.kernels._team import KernelPiece
 _Table = ctypes.c_int64 * len(Argument)
 _WORTH = 1 << 20  # multiply-adds below which waking another thread costs more than it saves
 _SHARED = 1 << 16  # the same where threads wait for each other in machine code
+_HALF_TERMS = 16  # products of a float16 sum; twice as many in long rows
+_LONG_ROW = 96
 _PIECES = 8  # a thread, so that one that is late does not hold up the others for long
 
 
@@ -60,15 +64,15 @@ class Addresses:
     keep: int = 0
 
 
-def default_vectors(columns: int, target: Target) -> int:
+def default_vectors(columns: int, target: Target, element: Element = "float32") -> int:
     """Return how many vectors a tile gets when nothing was measured: at most eight, all tiles about equal.
 
     >>> from sparsetwin.kernels._target import AVX2
     >>> [default_vectors(columns, AVX2) for columns in (1, 64, 128, 210, 3192)]
     [1, 8, 8, 7, 8]
     """
-    most = min(8, max_vectors(target))
-    vectors = max(1, -(-columns // target.lanes))
+    most = min(8, max_vectors(target) if element == "float32" else (target.registers - 2) // 4)  # `half_chains`
+    vectors = max(1, -(-columns // lanes_of(target, element)))
     tiles = -(-vectors // most)
     return -(-vectors // tiles)
 
@@ -148,17 +152,19 @@ def tiled_product(
     vectors: int | None,
     epilogue: Epilogue,
     keep: bool = False,
+    element: Element = "float32",
 ) -> TiledProduct:
     """Compile what a product of these columns needs.
 
     Args:
-        matrix: The weights.
+        matrix: The weights; float16 for such activations.
         indices: What `CSRBlocks.offsets` returned.
         columns: Of the activations; with ``keep`` a whole number of vectors.
         target: What to compile for.
         vectors: A tile's, `default_vectors` if None.
         epilogue: What is done at the store.
         keep: Whether calls bring a mask of columns.
+        element: Of the activations.
 
     Raises:
         ConfigError: If a bias does not fit, or the columns or vectors are out of range.
@@ -168,12 +174,14 @@ def tiled_product(
     bias = epilogue.bias
     if bias is not None and (tuple(bias.shape) != (matrix.rows,) or not bias.is_contiguous()):
         raise ConfigError(f"the bias has shape {tuple(bias.shape)}; expected contiguous ({matrix.rows},)")
-    width = default_vectors(columns, target) if vectors is None else vectors
-    tile_columns = width * target.lanes
+    width = default_vectors(columns, target, element) if vectors is None else vectors
+    lanes = lanes_of(target, element)
+    tile_columns = width * lanes
     specify = partial(
         ProductSpecification,
         target=target,
-        lanes=target.lanes,
+        lanes=lanes,
+        element=element,
         value=value_format(matrix.values),
         scaled=matrix.scales is not None,
         bias=bias is not None,
@@ -185,16 +193,20 @@ def tiled_product(
 
     def made(vectors: int, *, masked: bool = False) -> Kernel:
         together = rows_together(vectors, target) if shared else 1
-        sums = chains(vectors) if together == 1 else 1
-        return kernel(specify(vectors=vectors, together=together, chains=sums, masked=masked))
+        specified = partial(specify, vectors=vectors, together=together, masked=masked)
+        if element == "float32":
+            return kernel(specified(chains=chains(vectors) if together == 1 else 1))
+        sums = half_chains(vectors, target) if together == 1 else 1
+        run, accumulator = half_run(matrix.longest_row, sums)
+        return kernel(specified(chains=sums, run=run, accumulator=accumulator))
 
     left = columns % tile_columns
-    last_lanes = (left - 1) % target.lanes + 1
+    last_lanes = (left - 1) % lanes + 1
     full = made(width) if columns >= tile_columns else None
     tail = None
     if left:
-        tail_vectors = -(-left // target.lanes)
-        masked = last_lanes != target.lanes
+        tail_vectors = -(-left // lanes)
+        masked = last_lanes != lanes
         tail = made(tail_vectors, masked=masked)
     return TiledProduct(
         matrix=matrix,
@@ -208,14 +220,14 @@ def tiled_product(
     )
 
 
-def dense_vectors(columns: int, target: Target) -> int:
+def dense_vectors(columns: int, target: Target, element: Element = "float32") -> int:
     """Return how many vectors a tile gets by default where no weight is pruned: sums of four rows fill the registers.
 
     >>> from sparsetwin.kernels._target import AVX2, AVX512
     >>> dense_vectors(3136, AVX2), dense_vectors(3136, AVX512), dense_vectors(16, AVX2)
     (3, 6, 2)
     """
-    return min((target.registers - 1) // 5, default_vectors(columns, target))
+    return min((target.registers - 1) // 5, default_vectors(columns, target, element))
 
 
 def _rows_share(matrix: CSRBlocks, indices: Tensor) -> bool:
@@ -229,6 +241,25 @@ def _rows_share(matrix: CSRBlocks, indices: Tensor) -> bool:
 def chains(vectors: int) -> int:
     """Return how many independent sums hide the latency of a multiply-add when there are few vectors."""
     return 4 if vectors == 1 else 2 if vectors <= 3 else 1
+
+
+def half_chains(vectors: int, target: Target) -> int:
+    """Return how many sums a column has in float16: several as long as they fit, since short sums are exacter."""
+    return 4 if vectors == 1 else 2 if 4 * vectors + 2 <= target.registers else 1
+
+
+def half_run(longest: int, sums: int) -> tuple[int, Element]:
+    """Return how many products of a row are added in float16 before these sums are added, and in what.
+
+    Each product that is added to a float16 sum costs up to half a unit in its last place. Errors of many short sums
+    nearly cancel, so that these may be longer in long rows. Rows of one short sum need no other.
+
+    >>> half_run(20, 2), half_run(90, 2), half_run(500, 2)
+    ((32, 'float16'), (32, 'float32'), (64, 'float32'))
+    """
+    if longest <= _HALF_TERMS * sums:
+        return _HALF_TERMS * sums, "float16"
+    return (_HALF_TERMS if longest <= _LONG_ROW else 2 * _HALF_TERMS) * sums, "float32"
 
 
 def _cut(

@@ -76,8 +76,7 @@ class MachineCode:
 _ENGINES: dict[str, Any] = {}  # by features; one for all functions, since each takes close to a megabyte
 
 
-def _machine(binding: Any, features: str) -> Any:
-    triple = binding.get_process_triple()
+def _machine(binding: Any, features: str, triple: str) -> Any:
     cpu = "x86-64" if triple.startswith(("x86_64", "amd64")) else "generic"
     target = binding.Target.from_triple(triple)
     return target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault")
@@ -101,7 +100,9 @@ def compile_function(ir_text: str, *, name: str, features: str) -> MachineCode:
         binding = _ready()
         engine = _ENGINES.get(features)
         if engine is None:
-            engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine(binding, features))
+            engine = binding.create_mcjit_compiler(
+                binding.parse_assembly(""), _machine(binding, features, binding.get_process_triple())
+            )
             _ENGINES[features] = engine
         module = binding.parse_assembly(ir_text)
         module.verify()
@@ -115,10 +116,26 @@ def compile_function(ir_text: str, *, name: str, features: str) -> MachineCode:
         return MachineCode(address, engine)
 
 
-def assemble(ir_text: str, *, features: str) -> str:
-    """Return the assembly text that `compile_function` would run, also for features that this machine lacks."""
+def assemble(ir_text: str, *, features: str, triple: str | None = None) -> str:
+    """Return the assembly text that `compile_function` would run, also for what this machine lacks.
+
+    Args:
+        ir_text: The module.
+        features: As for `compile_function`.
+        triple: LLVM's name of another architecture; this machine's by default.
+
+    Raises:
+        ConfigError: If llvmlite is not installed, or does not know the architecture.
+    """
     with _LOCK:
         binding = _ready()
+        if triple is not None:
+            binding.initialize_all_targets()
+            binding.initialize_all_asmprinters()
         module = binding.parse_assembly(ir_text)
         module.verify()
-        return str(_machine(binding, features).emit_assembly(module))
+        try:
+            machine = _machine(binding, features, triple or binding.get_process_triple())
+        except RuntimeError as error:
+            raise ConfigError(f"llvmlite was built without {triple}: {error}") from error
+        return str(machine.emit_assembly(module))

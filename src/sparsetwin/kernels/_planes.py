@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
-from sparsetwin.kernels._blocks import check_float32
-from sparsetwin.kernels._product import LINE
+from sparsetwin.kernels._blocks import check_dense, check_float32
+from sparsetwin.kernels._product import LINE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,12 @@ class PlaneLayout:
     lead: int  # zeros before the first row
     plane: int  # from plane to plane
     elements: int  # of an image, all planes and what a vector may read behind them
+    dtype: torch.dtype = torch.float32  # of the planes; images are float32 always
+
+    @property
+    def line(self) -> int:
+        """Elements of a cache line."""
+        return LINE_BYTES // self.dtype.itemsize
 
     @property
     def phase_rows(self) -> int:
@@ -43,8 +49,8 @@ class PlaneLayout:
         return -(-self.width // self.phases[1])
 
     def empty(self, images: int) -> Tensor:
-        """Return planes of zeros, (images, elements), float32. What lies between the images' pixels must stay zero."""
-        return torch.zeros(images, self.elements)
+        """Return planes of zeros, (images, elements). What lies between the images' pixels must stay zero."""
+        return torch.zeros(images, self.elements, dtype=self.dtype)
 
     @torch.no_grad()
     def pack(self, images: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -85,7 +91,7 @@ class PlaneLayout:
         Raises:
             ConfigError: By ``name``.
         """
-        check_float32(planes, name)
+        check_dense(planes, name, self.dtype)
         if tuple(planes.shape) != (images, self.elements) or not planes.is_contiguous():
             raise ConfigError(
                 f"{name}: shape {tuple(planes.shape)}, strides {planes.stride()}; "
@@ -116,6 +122,7 @@ def make_layout(
     pitch: int,
     lead: int = 0,
     body: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> PlaneLayout:
     """Return a layout with at least these lengths, rounded to cache lines.
 
@@ -127,6 +134,7 @@ def make_layout(
         pitch: Elements from row to row; the columns of a phase and the zeros behind them.
         lead: Elements before the first row.
         body: Elements from the first row to the end of what is read or written, beyond the rows themselves.
+        dtype: Of the planes.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -136,10 +144,11 @@ def make_layout(
     if pitch < -(-width // phases[1]):
         raise ConfigError(f"a pitch of {pitch} is less than the {-(-width // phases[1])} columns of a phase")
     rows = -(-height // phases[0])
-    lead = _lines(lead) * LINE
-    body = max(body, _lines(rows * pitch) * LINE)  # a kernel that writes the plane fills whole vectors
-    plane = (_lines(lead + body) | 1) * LINE  # odd: planes do not compete for the same cache lines
-    elements = channels * phases[0] * phases[1] * plane + 2 * LINE
+    line = LINE_BYTES // dtype.itemsize
+    lead = -(-lead // line) * line
+    body = max(body, -(-rows * pitch // line) * line)  # a kernel that writes the plane fills whole vectors
+    plane = (-(-(lead + body) // line) | 1) * line  # odd: planes do not compete for the same cache lines
+    elements = channels * phases[0] * phases[1] * plane + 2 * line
     return PlaneLayout(
         channels=channels,
         height=height,
@@ -149,8 +158,5 @@ def make_layout(
         lead=lead,
         plane=plane,
         elements=elements,
+        dtype=dtype,
     )
-
-
-def _lines(elements: int) -> int:
-    return -(-elements // LINE)

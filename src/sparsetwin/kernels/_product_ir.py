@@ -4,13 +4,17 @@ Lanes run over columns, so each kept weight is one broadcast and ``vectors`` mul
 All rows pass over one block of activation rows before the next block is touched, so that it stays in the cache;
 between blocks the partial sums wait in the output. Rows that keep all columns are worked on several at a time: an
 activation is then loaded once for all of them.
+
+With float16 activations products are added in float16 too. Rows with few weights are so from bias to store. For others
+such sums start at zero, end after a run of products or with the block, and are added in float32. These sums wait on the
+stack, for as many rows at a time as have room there.
 """
 
 from collections.abc import Callable
 from enum import IntEnum, auto
 from typing import Any
 
-from sparsetwin.kernels._emitter import Emitter
+from sparsetwin.kernels._emitter import LINE_BYTES, Emitter
 from sparsetwin.kernels._specification import VALUE_BYTES, ProductSpecification
 
 _UNROLL = 4  # weights a round of the inner loop
@@ -31,7 +35,7 @@ class Argument(IntEnum):
     BIAS = auto()  # float32, (rows,)
     RESIDUAL = auto()
     RESIDUAL_PITCH = auto()
-    KEEP = auto()  # int32, (columns,): all ones or zero
+    KEEP = auto()  # integers of the elements' size, (columns,): all ones or zero
     FIRST_COLUMN = auto()  # where tile 0 begins
     LAST_LANES = auto()  # columns in the last vector of a masked tile
     SCALES = auto()  # float32, (rows,)
@@ -42,34 +46,53 @@ class _Product:
 
     def __init__(self, spec: ProductSpecification) -> None:
         self.spec = spec
-        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=spec.target.fused, half=spec.target.half)
+        target = spec.target
+        self.e = Emitter(arguments=4, lanes=spec.lanes, fused=target.fused, half=target.half, element=spec.element)
+        self.wide = spec.element == "float16" and spec.accumulator == "float32"
         self.arguments: dict[Argument, Any] = {}
         pointers = {Argument.ROW_POINTERS, Argument.INDICES, Argument.VALUES, Argument.INPUT, Argument.OUTPUT}
         pointers |= {Argument.BIAS, Argument.RESIDUAL, Argument.KEEP, Argument.SCALES}
         for argument in Argument:
             load = self.e.argument_pointer if argument in pointers else self.e.argument_int
             self.arguments[argument] = load(argument)
-        self.vector_bytes = 4 * spec.lanes
+        self.vector_bytes = self.e.element_bytes * spec.lanes
         self.mask = self.e.first_lanes(self.arguments[Argument.LAST_LANES]) if spec.masked else None
+        self.waiting = self._stack() if self.wide else None
+        self.waiting_from: Any = None  # the row whose sums wait first on the stack
 
     def text(self) -> str:
         """Write the loops and return the module."""
         e, table = self.e, self.arguments
         _, first_tile, stop_tile, first_row, stop_row = e.function.args
-        row_pointer_bytes = e.b.mul(e.b.add(table[Argument.ROWS], e.int64(1)), e.int64(4))
-        last_block = e.b.sub(table[Argument.BLOCKS], e.int64(1))
+        self.row_pointer_bytes = e.b.mul(e.b.add(table[Argument.ROWS], e.int64(1)), e.int64(4))
+        self.last_block = e.b.sub(table[Argument.BLOCKS], e.int64(1))
         with e.loop(first_tile, stop_tile) as tile:
             column = e.b.mul(tile, e.int64(self.spec.lanes * self.spec.vectors))
-            column = e.b.mul(e.b.add(column, table[Argument.FIRST_COLUMN]), e.int64(4))  # in bytes
-            with e.loop(e.int64(0), table[Argument.BLOCKS]) as block:
-                pointers = e.address(table[Argument.ROW_POINTERS], e.b.mul(block, row_pointer_bytes))
-                first = e.b.icmp_signed("==", block, e.int64(0))
-                last = e.b.icmp_signed("==", block, last_block)
-                rest = self._groups(first_row, stop_row, column, pointers, first, last)
-                with e.loop(rest, stop_row) as row:
-                    self._row(row, column, pointers, first, last)
+            column = e.b.mul(e.b.add(column, table[Argument.FIRST_COLUMN]), e.int64(e.element_bytes))  # in bytes
+            if self.wide:
+                self._some_rows(first_row, stop_row, column)
+            else:
+                self._blocks(first_row, stop_row, column)
         e.b.ret_void()
         return e.text()
+
+    def _some_rows(self, first_row: Any, stop_row: Any, column: Any) -> None:
+        """Work on as many rows at a time as have room for their sums on the stack."""
+        e, rows = self.e, self.spec.waiting_rows
+        with e.loop(first_row, stop_row, step=rows) as row:
+            self.waiting_from = row
+            self._blocks(row, e.least(e.b.add(row, e.int64(rows)), stop_row), column)
+
+    def _blocks(self, first_row: Any, stop_row: Any, column: Any) -> None:
+        """Work on all blocks of some rows, one after the other."""
+        e, table = self.e, self.arguments
+        with e.loop(e.int64(0), table[Argument.BLOCKS]) as block:
+            pointers = e.address(table[Argument.ROW_POINTERS], e.b.mul(block, self.row_pointer_bytes))
+            first = e.b.icmp_signed("==", block, e.int64(0))
+            last = e.b.icmp_signed("==", block, self.last_block)
+            rest = self._groups(first_row, stop_row, column, pointers, first, last)
+            with e.loop(rest, stop_row) as row:
+                self._row(row, column, pointers, first, last)
 
     def _groups(self, first_row: Any, stop_row: Any, column: Any, pointers: Any, first: Any, last: Any) -> Any:
         """Work on rows that share their columns, as many at a time as are together; return the first row left over."""
@@ -96,7 +119,7 @@ class _Product:
         sums = e.either(
             first,
             lambda: each(lambda row, _, __: self._start(row), []),
-            lambda: each(lambda _, o, __: self._load_all(o), []),
+            lambda: each(lambda row, o, __: self._resume(row, o), []),
         )
         entry = e.address(pointers, e.b.mul(rows[0], e.int64(4)))
         begins = [
@@ -105,19 +128,23 @@ class _Product:
         ]
         values = [e.address(table[Argument.VALUES], e.b.mul(begin, e.int64(size))) for begin in begins]
         activations = e.address(table[Argument.INPUT], column)
-        with e.reducing_loop(begins[0], begins[1], sums) as (index, carried, following):
-            inputs = e.address(activations, self._offset(index))
-            loaded = self._load_all(inputs)
-            at = e.b.mul(e.b.sub(index, begins[0]), e.int64(size))
-            for place, base in enumerate(values):
-                weight = e.broadcast(self._stored(e.address(base, at)))
-                own = carried[place * width : (place + 1) * width]
-                following += [e.multiply_add(weight, x, y) for x, y in zip(loaded, own, strict=True)]
-        sums = following
+
+        def add(begin: Any, end: Any, sums: list[Any]) -> list[Any]:
+            with e.reducing_loop(begin, end, sums) as (index, carried, following):
+                inputs = e.address(activations, self._offset(index))
+                loaded = self._load_all(inputs)
+                at = e.b.mul(e.b.sub(index, begins[0]), e.int64(size))
+                for place, base in enumerate(values):
+                    weight = e.broadcast(self._stored(e.address(base, at)))
+                    own = carried[place * width : (place + 1) * width]
+                    following += [e.multiply_add(weight, x, y) for x, y in zip(loaded, own, strict=True)]
+            return following
+
+        sums = self._in_runs(begins[0], begins[1], sums, add)
         e.either(
             last,
             lambda: each(lambda row, output, own: self._finish(own, row, column, output), sums),
-            lambda: each(lambda _, output, own: self._store_all(own, output), sums),
+            lambda: each(lambda row, output, own: self._interrupt(own, row, output), sums),
         )
 
     def _row(self, row: Any, column: Any, pointers: Any, first: Any, last: Any) -> None:
@@ -129,23 +156,67 @@ class _Product:
             self._prefetch_next(output, Argument.OUTPUT_PITCH, write=True)
             return self._start(row)
 
-        sums = e.either(first, start, lambda: self._load_all(output))
-        sums += [e.splat(0.0)] * (self.spec.vectors * (self.spec.chains - 1))
+        sums = e.either(first, start, lambda: self._resume(row, output))
         entry = e.address(pointers, e.b.mul(row, e.int64(4)))
         begin, end = (
             e.b.sext(e.b.load(e.address(entry, e.int64(4 * which)), typ=e.i32, align=4), e.i64) for which in (0, 1)
         )
-        unrolled_end = e.b.add(begin, e.b.and_(e.b.sub(end, begin), e.int64(-_UNROLL)))
-        activations = e.address(table[Argument.INPUT], column)
-        with e.reducing_loop(begin, unrolled_end, sums, step=_UNROLL) as (index, carried, following):
-            following += carried
-            for step, weight in enumerate(self._weights(index)):
-                self._add_products(weight, e.b.add(index, e.int64(step)), step, activations, following)
-        with e.reducing_loop(unrolled_end, end, following) as (index, carried, remaining):
-            remaining += carried
-            self._add_products(e.broadcast(self._value(index)), index, 0, activations, remaining)
-        sums = self._add_chains(remaining)
-        e.either(last, lambda: self._finish(sums, row, column, output), lambda: self._store_all(sums, output))
+
+        def add(begin: Any, end: Any, sums: list[Any]) -> list[Any]:
+            sums = sums + [e.zeros()] * (self.spec.vectors * (self.spec.chains - 1))
+            unrolled_end = e.b.add(begin, e.b.and_(e.b.sub(end, begin), e.int64(-_UNROLL)))
+            activations = e.address(table[Argument.INPUT], column)
+            with e.reducing_loop(begin, unrolled_end, sums, step=_UNROLL) as (index, carried, following):
+                following += carried
+                for step, weight in enumerate(self._weights(index)):
+                    self._add_products(weight, e.b.add(index, e.int64(step)), step, activations, following)
+            with e.reducing_loop(unrolled_end, end, following) as (index, carried, remaining):
+                remaining += carried
+                self._add_products(e.broadcast(self._value(index)), index, 0, activations, remaining)
+            return self._add_chains(remaining)
+
+        sums = self._in_runs(begin, end, sums, add)
+        e.either(last, lambda: self._finish(sums, row, column, output), lambda: self._interrupt(sums, row, output))
+
+    def _in_runs(
+        self, begin: Any, end: Any, sums: list[Any], add: Callable[[Any, Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Add products to sums: at once, or if sums are wider than products, so many of them at a time."""
+        if not self.wide:
+            return add(begin, end, sums)
+        e = self.e
+        with e.reducing_loop(begin, end, sums, step=self.spec.run) as (index, carried, following):
+            found = add(index, e.least(e.b.add(index, e.int64(self.spec.run)), end), [e.zeros()] * len(sums))
+            following += [e.b.fadd(sum_, e.widened(run)) for sum_, run in zip(carried, found, strict=True)]
+        return following
+
+    def _stack(self) -> Any:
+        """Return memory for the sums of some rows; every page of it is touched in order, as the system wants it."""
+        e, spec = self.e, self.spec
+        e.attributes.append('"probe-stack"="inline-asm"')
+        memory = e.b.alloca(e.ir.ArrayType(e.vector, spec.waiting_rows * spec.vectors))
+        memory.align, memory.type = LINE_BYTES, e.pointer  # llvmlite would give it the type of its contents
+        return memory
+
+    def _waiting_at(self, row: Any, vector: int) -> Any:
+        place = self.e.b.mul(self.e.b.sub(row, self.waiting_from), self.e.int64(self.spec.vectors))
+        place = self.e.b.add(place, self.e.int64(vector))
+        return self.e.address(self.waiting, self.e.b.mul(place, self.e.int64(4 * self.spec.lanes)))
+
+    def _resume(self, row: Any, output: Any) -> list[Any]:
+        """Return the sums of the blocks so far."""
+        if not self.wide:
+            return self._load_all(output)
+        places = [self._waiting_at(row, vector) for vector in range(self.spec.vectors)]
+        return [self.e.b.load(place, typ=self.e.vector, align=4) for place in places]
+
+    def _interrupt(self, sums: list[Any], row: Any, output: Any) -> list[Any]:
+        """Leave sums for the next block."""
+        if not self.wide:
+            return self._store_all(sums, output)
+        for vector, found in enumerate(sums):
+            self.e.b.store(found, self._waiting_at(row, vector), align=4)
+        return []
 
     def _add_products(self, weight: Any, index: Any, step: int, activations: Any, sums: list[Any]) -> None:
         """Add one weight's products to the sums of its chain, in place."""
@@ -167,7 +238,7 @@ class _Product:
     def _weights(self, index: Any) -> list[Any]:
         """Return the weights of one round, each in all lanes; narrow ones are loaded and widened together."""
         e, value = self.e, self.spec.value
-        if value == "float32":
+        if value == "float32" or self.spec.element == "float16":
             return [e.broadcast(self._value(e.b.add(index, e.int64(step)))) for step in range(_UNROLL)]
         stored = e.stored_type(value)
         entry = e.address(self.arguments[Argument.VALUES], e.b.mul(index, e.int64(VALUE_BYTES[value])))
@@ -181,13 +252,16 @@ class _Product:
 
     def _stored(self, entry: Any) -> Any:
         e, value = self.e, self.spec.value
+        if self.spec.element == "float16":
+            return e.b.load(entry, typ=e.element, align=2)
         return e.widen(e.b.load(entry, typ=e.stored_type(value), align=VALUE_BYTES[value]), value)
 
     def _start(self, row: Any) -> list[Any]:
         """Return what sums begin with: the bias, unless scales come first."""
-        if not self.spec.bias or self.spec.scaled:
-            return [self.e.splat(0.0)] * self.spec.vectors
-        return [self._of_row(Argument.BIAS, row)] * self.spec.vectors
+        if self.spec.bias and not self.spec.scaled:
+            bias = self._of_row(Argument.BIAS, row)
+            return [bias if self.spec.accumulator == "float32" else self.e.narrowed(bias)] * self.spec.vectors
+        return [self.e.splat(0.0) if self.wide else self.e.zeros()] * self.spec.vectors
 
     def _of_row(self, argument: Argument, row: Any) -> Any:
         """Return a row's number of an array of them, in all lanes."""
@@ -217,14 +291,25 @@ class _Product:
             residual = e.address(residual, column)
             self._prefetch_next(residual, Argument.RESIDUAL_PITCH, write=False)
             added = self._load_all(residual)
+            added = [e.widened(vector) for vector in added] if self.wide else added
             sums = [e.b.fadd(a, b) for a, b in zip(sums, added, strict=True)]
-        sums = [e.activate(vector, spec.activation) for vector in sums]
+        sums = [self._activated(vector) for vector in sums]
         if spec.keep:
             keep = e.address(table[Argument.KEEP], column)
             for vector in range(spec.vectors):
                 entry = e.address(keep, e.int64(vector * self.vector_bytes))
-                sums[vector] = e.keep_lanes(sums[vector], e.b.load(entry, typ=e.integers, align=4))
+                bits = e.b.load(entry, typ=e.element_integers, align=e.element_bytes)
+                sums[vector] = e.keep_lanes(sums[vector], bits)
         return self._store_all(sums, output)
+
+    def _activated(self, vector: Any) -> Any:
+        """Return what is stored. ReLU would hide an infinity below zero, which float16 may have made: it gives NaN."""
+        e, activation = self.e, self.spec.activation
+        if self.spec.element == "float32":
+            return e.activate(vector, activation)
+        if activation == "relu":
+            return e.narrowed(e.exposed(e.activate(vector, activation), vector))
+        return e.narrowed(vector if activation is None else e.activate(e.widened(vector), activation))
 
     def _prefetch_next(self, base: Any, pitch: Argument, *, write: bool) -> None:
         """Ask for a tile's columns of a row that comes soon, or of what lies behind the last one."""

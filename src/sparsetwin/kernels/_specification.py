@@ -9,14 +9,16 @@ from sparsetwin.errors import ConfigError, nearest
 from sparsetwin.kernels._target import Target
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Element = Literal["float32", "float16"]
 IndexFormat = Literal["offset32", "column16"]
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
 _CHOICES = {
     "index": IndexFormat,
     "value": ValueFormat,
-    "element": Literal["float32"],
-    "accumulator": Literal["float32"],
+    "element": Element,
+    "accumulator": Element,
 }
+_WAITING_BYTES = 1 << 16  # of sums in float32 that wait for the next block, on the stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,9 @@ class ProductSpecification:
     index: IndexFormat = "offset32"  # byte offset of the activation row, or its number
     value: ValueFormat = "float32"  # of the weights; narrower ones are widened on the way to the multiply-adds
     scaled: bool = False  # whether a row's sums are multiplied with its scale, before the bias is added
-    element: str = "float32"  # of the activations; float16 belongs here, with float32 accumulators between blocks
-    accumulator: str = "float32"
+    element: Element = "float32"  # of the activations; float16 takes a target that computes with it, and such values
+    accumulator: Element = "float32"  # of sums; with float16 elements that of so many products is float16 even so:
+    run: int = 32  # of all chains together
     bias: bool = False
     residual: bool = False  # added before the activation
     activation: Activation | None = None
@@ -45,6 +48,7 @@ class ProductSpecification:
             if given not in get_args(choice):
                 raise ConfigError(f"{field}={given!r} has no kernel; expected one of {', '.join(get_args(choice))}")
         check_activation(self.activation)
+        self._check_element()
         most = max_vectors(self.target)
         if not 1 <= self.vectors * self.chains <= most:
             raise ConfigError(
@@ -57,7 +61,23 @@ class ProductSpecification:
         if self.lanes not in (1, 2, 4, 8, 16, 32):
             raise ConfigError(f"lanes={self.lanes} is not a power of two up to 32")
 
+    def _check_element(self) -> None:
+        if self.element == "float32":
+            if self.accumulator != "float32":
+                raise ConfigError("sums of float32 numbers are float32")
+        elif not self.target.halves:
+            raise ConfigError(f"{self.target.name} has no float16 arithmetic; expected elements in float32")
+        elif self.run < 1 or self.value != "float16" or self.scaled or self.index != "offset32":
+            raise ConfigError(f"float16 activations take float16 weights at offsets, got {self.value}, {self.index}")
 
+    @property
+    def waiting_rows(self) -> int:
+        """Rows whose float32 sums wait on the stack for the next block; only with float16 elements."""
+        rows = max(self.together, _WAITING_BYTES // (4 * self.lanes * self.vectors))
+        return rows - rows % self.together
+
+
+ELEMENT_BYTES: dict[Element, int] = {"float32": 4, "float16": 2}
 VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _FORMATS: dict[torch.dtype, ValueFormat] = {
     torch.float32: "float32",
@@ -70,6 +90,22 @@ _FORMATS: dict[torch.dtype, ValueFormat] = {
 def value_format(values: torch.Tensor) -> ValueFormat:
     """Return the format that kept values have in memory."""
     return _FORMATS[values.dtype]
+
+
+def element_format(dtype: torch.dtype) -> Element:
+    """Return the format of activations of a dtype.
+
+    Raises:
+        ConfigError: If kernels do not compute with it.
+    """
+    if dtype not in (torch.float32, torch.float16):
+        raise ConfigError(f"activations in {dtype} have no kernel; expected float32 or float16")
+    return "float32" if dtype == torch.float32 else "float16"
+
+
+def lanes_of(target: Target, element: Element) -> int:
+    """Return how many activations fill a vector."""
+    return target.lanes if element == "float32" else 2 * target.lanes
 
 
 def max_vectors(target: Target) -> int:

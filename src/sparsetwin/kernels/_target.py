@@ -1,5 +1,6 @@
 """What a kernel is generated for: an instruction set, chosen by name and checked against this machine."""
 
+import os
 import platform
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +24,7 @@ class Target:
     fused: bool  # multiply-add in one instruction
     half: bool = False  # turns float16 into float32 in one instruction
     expands: bool = False  # loads packed float32 numbers into the lanes of a mask; with VBMI2 also 16-bit ones
+    halves: bool = False  # multiplies and adds float16 numbers, twice as many as lanes at a time
 
     @property
     def feature_string(self) -> str:
@@ -41,6 +43,7 @@ AVX512 = Target(
     expands=True,
 )
 AVX512_VBMI2 = replace(AVX512, name="avx512vbmi2", features=(*AVX512.features, "avx512vbmi2"))
+AVX512_FP16 = replace(AVX512_VBMI2, name="avx512fp16", features=(*AVX512_VBMI2.features, "avx512fp16"), halves=True)
 AVX2 = Target(
     name="avx2",
     architectures=("x86_64", "amd64"),
@@ -59,10 +62,12 @@ NEON = Target(
     fused=True,
     half=True,
 )
+NEON_FP16 = replace(NEON, name="neonfp16", features=(*NEON.features, "fullfp16"), halves=True)
 GENERIC = Target(name="generic", architectures=(), features=(), lanes=4, registers=16, fused=False)
 
 _BEST_FIRST = (AVX512_VBMI2, AVX512, AVX2, NEON, GENERIC)
 TARGETS: dict[str, Target] = {target.name: target for target in _BEST_FIRST}
+HALF_TARGETS: dict[str, Target] = {target.name: target for target in (AVX512_FP16, NEON_FP16)}  # on request only
 
 
 def missing_features(target: Target) -> tuple[str, ...]:
@@ -84,6 +89,20 @@ def host_target() -> Target:
     return next(target for target in TARGETS.values() if not missing_features(target))
 
 
+@cache
+def half_target() -> Target | None:
+    """Return the target with float16 arithmetic that this machine runs, or None.
+
+    Kernels in float32 are not compiled for it: its additional instructions would change nothing for them.
+
+    Raises:
+        ConfigError: If llvmlite is not installed.
+    """
+    if os.name != "posix":  # kernels keep sums on the stack, which Windows lets grow by calls only
+        return None
+    return next((target for target in HALF_TARGETS.values() if not missing_features(target)), None)
+
+
 def checked_target(target: Target | str | None) -> Target:
     """Return the target meant, after a check that this machine runs it.
 
@@ -96,9 +115,10 @@ def checked_target(target: Target | str | None) -> Target:
     if target is None:
         return host_target()
     if isinstance(target, str):
-        if target not in TARGETS:
-            raise ConfigError(f"unknown target {target!r}{nearest(target, TARGETS)}; known: {', '.join(TARGETS)}")
-        target = TARGETS[target]
+        known = TARGETS | HALF_TARGETS
+        if target not in known:
+            raise ConfigError(f"unknown target {target!r}{nearest(target, known)}; known: {', '.join(known)}")
+        target = known[target]
     missing = missing_features(target)
     if missing:
         raise ConfigError(

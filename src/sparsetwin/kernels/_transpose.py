@@ -1,4 +1,4 @@
-"""Transposition of float32 matrices whose rows lie at any pitch: tokens by features to features by tokens and back."""
+"""Transposition of matrices whose rows lie at any pitch: tokens by features to features by tokens and back."""
 
 import ctypes
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
-from sparsetwin.kernels._blocks import check_float32
+from sparsetwin.kernels._blocks import check_dense
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._product import overlap
+from sparsetwin.kernels._specification import element_format
 from sparsetwin.kernels._target import Target, checked_target
 from sparsetwin.kernels._transpose_ir import TransposeArgument, TransposeSpecification
 
@@ -20,21 +21,32 @@ class Transpose:
 
     Args:
         target: What to compile for, or its name; this machine's best by default.
+        source: The dtype of x, float32 or float16.
+        destination: The dtype of ``out``; numbers are rounded to it.
 
     Raises:
         ConfigError: If no kernel can be made here.
     """
 
-    def __init__(self, target: Target | str | None = None) -> None:
-        self._kernel: Kernel = kernel(TransposeSpecification(target=checked_target(target)))
+    def __init__(
+        self,
+        target: Target | str | None = None,
+        *,
+        source: torch.dtype = torch.float32,
+        destination: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtypes = source, destination
+        formats = element_format(source), element_format(destination)
+        specification = TransposeSpecification(target=checked_target(target), source=formats[0], destination=formats[1])
+        self._kernel: Kernel = kernel(specification)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, *, out: Tensor) -> Tensor:
         """Copy.
 
         Args:
-            x: (rows, columns), float32, last stride 1.
-            out: (columns, rows), float32, last stride 1, apart from x.
+            x: (rows, columns), last stride 1.
+            out: (columns, rows), last stride 1, apart from x.
 
         Returns:
             ``out``.
@@ -42,8 +54,8 @@ class Transpose:
         Raises:
             ConfigError: If a tensor's shape, dtype or layout is another one.
         """
-        check_float32(x, "x")
-        check_float32(out, "out")
+        check_dense(x, "x", self._dtypes[0])
+        check_dense(out, "out", self._dtypes[1])
         if x.dim() != 2 or out.shape != (x.shape[1], x.shape[0]):
             raise ConfigError(f"x has shape {tuple(x.shape)}, out {tuple(out.shape)}; expected (M, N) and (N, M)")
         for name, tensor in (("x", x), ("out", out)):
@@ -52,6 +64,7 @@ class Transpose:
                 raise ConfigError(f"{name} has strides {tensor.stride()}; expected rows of contiguous columns")
         if overlap(x, out):
             raise ConfigError("out shares memory with x")
-        table = _Table(x.data_ptr(), 4 * x.stride(0), out.data_ptr(), 4 * out.stride(0), x.shape[1])
+        pitches = x.itemsize * x.stride(0), out.itemsize * out.stride(0)
+        table = _Table(x.data_ptr(), pitches[0], out.data_ptr(), pitches[1], x.shape[1])
         self._kernel.call(ctypes.addressof(table), 0, x.shape[0], 0, 0)
         return out

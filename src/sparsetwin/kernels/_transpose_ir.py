@@ -4,17 +4,25 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
 
+from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
+from sparsetwin.kernels._specification import ELEMENT_BYTES, Element
 from sparsetwin.kernels._target import Target
 
-_LINE = 16  # float32 numbers a cache line
+_LINE = 64  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransposeSpecification:
-    """A kernel that transposes a matrix."""
+    """A kernel that transposes a matrix, and turns its numbers into another format."""
 
     target: Target
+    source: Element = "float32"
+    destination: Element = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.source, self.destination) != ("float32", "float32") and not self.target.half:
+            raise ConfigError(f"{self.target.name} does not turn float16 into float32 in one instruction")
 
 
 class TransposeArgument(IntEnum):
@@ -32,6 +40,16 @@ class _Transpose:
 
     def __init__(self, spec: TransposeSpecification) -> None:
         self.e = Emitter(arguments=4, lanes=spec.target.lanes, fused=spec.target.fused)
+        ir = self.e.ir
+        kinds = {"float32": self.e.f32, "float16": ir.HalfType()}
+        self.kinds = {  # of a number at each place
+            TransposeArgument.INPUT: kinds[spec.source],
+            TransposeArgument.OUTPUT: kinds[spec.destination],
+        }
+        self.sizes = {
+            TransposeArgument.INPUT: ELEMENT_BYTES[spec.source],
+            TransposeArgument.OUTPUT: ELEMENT_BYTES[spec.destination],
+        }
         pointers = (TransposeArgument.INPUT, TransposeArgument.OUTPUT)
         self.arguments = {
             argument: (self.e.argument_pointer if argument in pointers else self.e.argument_int)(argument)
@@ -42,7 +60,7 @@ class _Transpose:
         """Write the loops and return the module."""
         e = self.e
         _, first, stop, _, _ = e.function.args
-        high = max(_LINE, e.lanes)
+        high = max(_LINE // self.sizes[TransposeArgument.OUTPUT], e.lanes)
         middle = e.b.add(first, e.b.and_(e.b.sub(stop, first), e.int64(-high)))
         columns = self.arguments[TransposeArgument.COLUMNS]
         whole = e.b.and_(columns, e.int64(-e.lanes))
@@ -59,15 +77,29 @@ class _Transpose:
     def _at(self, which: TransposeArgument, row: Any, column: Any) -> Any:
         e, pitch = self.e, TransposeArgument(which + 1)
         line = e.address(self.arguments[which], e.b.mul(row, self.arguments[pitch]))
-        return e.address(line, e.b.mul(column, e.int64(4)))
+        return e.address(line, e.b.mul(column, e.int64(self.sizes[which])))
+
+    def _read(self, row: Any, column: Any, lanes: int) -> Any:
+        """Load a vector, or with no lanes a number, as float32."""
+        e, which = self.e, TransposeArgument.INPUT
+        kind, wide = (self._vector(found, lanes) for found in (self.kinds[which], e.f32))
+        found = e.b.load(self._at(which, row, column), typ=kind, align=self.sizes[which])
+        return found if kind == wide else e.b.fpext(found, wide)
+
+    def _write(self, found: Any, row: Any, column: Any, lanes: int) -> None:
+        """Store a vector, or with no lanes a number, given as float32."""
+        e, which = self.e, TransposeArgument.OUTPUT
+        kind = self._vector(self.kinds[which], lanes)
+        found = found if found.type == kind else e.b.fptrunc(found, kind)
+        e.b.store(found, self._at(which, row, column), align=self.sizes[which])
+
+    def _vector(self, kind: Any, lanes: int) -> Any:
+        return self.e.ir.VectorType(kind, lanes) if lanes else kind
 
     def _square(self, row: Any, column: Any) -> None:
         """Transpose a square in registers: rows and lanes trade one bit of their numbers at a time."""
         e, lanes = self.e, self.e.lanes
-        rows = [
-            e.load_vector(self._at(TransposeArgument.INPUT, e.b.add(row, e.int64(number)), column))
-            for number in range(lanes)
-        ]
+        rows = [self._read(e.b.add(row, e.int64(number)), column, lanes) for number in range(lanes)]
         distance = 1
         while distance < lanes:
             low = [lane if not lane & distance else lanes + lane - distance for lane in range(lanes)]
@@ -80,12 +112,10 @@ class _Transpose:
             distance *= 2
         for number, vector in enumerate(rows):
             place = e.b.add(column, e.int64(number))
-            e.store_vector(vector, self._at(TransposeArgument.OUTPUT, place, row))
+            self._write(vector, place, row, lanes)
 
     def _one(self, row: Any, column: Any) -> None:
-        e = self.e
-        number = e.b.load(self._at(TransposeArgument.INPUT, row, column), typ=e.f32, align=4)
-        e.b.store(number, self._at(TransposeArgument.OUTPUT, column, row), align=4)
+        self._write(self._read(row, column, 0), column, row, 0)
 
 
 def transpose_ir(spec: TransposeSpecification) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._planes import PlaneLayout
-from sparsetwin.kernels._product import LINE
+from sparsetwin.kernels._product import LINE_BYTES
+from sparsetwin.kernels._specification import element_format, lanes_of
 from sparsetwin.kernels._target import Target, checked_target
 from sparsetwin.kernels._team import KernelPiece
 from sparsetwin.kernels._window_ir import WindowArgument, WindowSpecification
@@ -42,11 +43,12 @@ class Window:
         """Return how many zeros must lie before the first row of an input plane."""
         return self.padding[0] * pitch + self.padding[1]
 
-    def body(self, height: int, width: int, pitch: int) -> int:
+    def body(self, height: int, width: int, pitch: int, dtype: torch.dtype = torch.float32) -> int:
         """Return how many elements behind the first of an input plane the kernel may read, whatever the target."""
         rows, columns = self.out_size(height, width)
         last = (rows - 1) * self.stride[0] + self.kernel[0] - 1 - self.padding[0]
-        whole = -(-columns // LINE) * LINE  # vectors are loaded whole
+        line = LINE_BYTES // dtype.itemsize
+        whole = -(-columns // line) * line  # vectors are loaded whole
         return max(0, last) * pitch + whole * self.stride[1] + self.kernel[1]
 
 
@@ -84,19 +86,26 @@ class PlaneWindow:
         self._rows, self._columns = window.out_size(height, width)
         start = (origin[0] - window.padding[0]) * source.pitch + origin[1] - window.padding[1]
         self._check(window, origin)
-        self._first = 4 * (source.lead + start)
-        self._step = 4 * window.stride[0] * source.pitch
+        element, size = element_format(source.dtype), source.dtype.itemsize
+        lanes = lanes_of(chosen, element)
+        self._first = size * (source.lead + start)
+        self._step = size * window.stride[0] * source.pitch
         each = destination.phases[0] * destination.phases[1]
-        self._out_plane = 4 * each * destination.plane
+        self._out_plane = size * each * destination.plane
         which = phase[0] * destination.phases[1] + phase[1]
-        self._out_first = 4 * (which * destination.plane + destination.lead)
-        self._vectors, self._last_lanes = divmod(self._columns, chosen.lanes)
+        self._out_first = size * (which * destination.plane + destination.lead)
+        self._vectors, self._last_lanes = divmod(self._columns, lanes)
         masked = self._last_lanes > 0
-        end = (self._rows - 1) * destination.pitch + (self._vectors + masked) * chosen.lanes
+        end = (self._rows - 1) * destination.pitch + (self._vectors + masked) * lanes
         spills = masked and destination.lead + end <= destination.plane  # partial stores are slow on some processors
         self._kernel: Kernel = kernel(
             WindowSpecification(
-                target=chosen, kernel=window.kernel, step=window.stride[1], masked=masked, spills=spills
+                target=chosen,
+                kernel=window.kernel,
+                step=window.stride[1],
+                masked=masked,
+                spills=spills,
+                element=element,
             )
         )
         self._work = source.channels * self._rows * self._columns * window.kernel[0] * window.kernel[1]
@@ -104,10 +113,11 @@ class PlaneWindow:
     def _check(self, window: Window, origin: Pair) -> None:
         source, out = self.source, self.destination
         fits = self._rows <= out.phase_rows and self._columns <= out.phase_columns
-        if source.phases != (1, 1) or source.channels != out.channels or not fits or self._rows * self._columns < 1:
+        alike = source.channels == out.channels and source.dtype == out.dtype
+        if source.phases != (1, 1) or not alike or not fits or self._rows * self._columns < 1:
             raise ConfigError(f"{window} of {source} is {self._rows} x {self._columns}; it does not fit {out}")
         shift = origin[0] * source.pitch + origin[1]
-        body = shift + window.body(source.height - origin[0], source.width - origin[1], source.pitch)
+        body = shift + window.body(source.height - origin[0], source.width - origin[1], source.pitch, source.dtype)
         pitch = source.width if window.kernel == (1, 1) else window.least_pitch(source.width)
         lead = window.lead(source.pitch) if origin == (0, 0) else 0
         if source.pitch < pitch or source.lead < lead or source.plane < source.lead + body:
@@ -117,7 +127,7 @@ class PlaneWindow:
         """Return the work of a call on tensors that stay where they are; it may be run again and again.
 
         Args:
-            planes: (N, elements), float32, in the layout ``source``.
+            planes: (N, elements), in the layout ``source``.
             out: (N, elements), in the layout ``destination``.
             threads: Into how many pieces the channels of an image are cut at most.
 
@@ -127,18 +137,18 @@ class PlaneWindow:
         images = planes.shape[0]
         self.source.check(planes, "planes", images)
         self.destination.check(out, "out", images)
-        channels = self.source.channels
+        channels, size = self.source.channels, self.source.dtype.itemsize
         parts = min(threads, channels) if self._work >= _WORTH else 1
         pieces: list[KernelPiece] = []
         for image in range(images):
             table = (ctypes.c_int64 * len(WindowArgument))(
-                planes.data_ptr() + 4 * image * self.source.elements + self._first,
-                4 * self.source.plane,
-                4 * self.source.pitch,
+                planes.data_ptr() + size * image * self.source.elements + self._first,
+                size * self.source.plane,
+                size * self.source.pitch,
                 self._step,
-                out.data_ptr() + 4 * image * self.destination.elements + self._out_first,
+                out.data_ptr() + size * image * self.destination.elements + self._out_first,
                 self._out_plane,
-                4 * self.destination.pitch,
+                size * self.destination.pitch,
                 self._rows,
                 self._vectors,
                 self._last_lanes,

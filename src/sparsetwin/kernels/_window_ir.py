@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
+from sparsetwin.kernels._specification import Element, lanes_of
 from sparsetwin.kernels._target import Target
 
 
@@ -22,6 +23,7 @@ class WindowSpecification:
     step: int
     masked: bool  # a row's last vector is only partly there
     spills: bool = False  # it is stored whole, zeros behind the row's end, before the next row is
+    element: Element = "float32"  # of the planes; only moved and compared as integers
 
     def __post_init__(self) -> None:
         if self.step not in (1, 2) or min(self.kernel) < 1:
@@ -48,13 +50,14 @@ class _Window:
 
     def __init__(self, spec: WindowSpecification) -> None:
         self.spec = spec
-        self.e = Emitter(arguments=4, lanes=spec.target.lanes, fused=spec.target.fused)
+        lanes = lanes_of(spec.target, spec.element)
+        self.e = Emitter(arguments=4, lanes=lanes, fused=spec.target.fused, element=spec.element)
         pointers = (WindowArgument.INPUT, WindowArgument.OUTPUT)
         self.arguments = {
             argument: (self.e.argument_pointer if argument in pointers else self.e.argument_int)(argument)
             for argument in WindowArgument
         }
-        self.vector_bytes = 4 * spec.target.lanes
+        self.vector_bytes = self.e.element_bytes * lanes
 
     def text(self) -> str:
         """Write the loops and return the module."""
@@ -82,20 +85,23 @@ class _Window:
         for row in range(spec.kernel[0]):
             line = e.address(source, e.b.mul(self.arguments[WindowArgument.INPUT_PITCH], e.int64(row)))
             for column in range(spec.kernel[1]):
-                found = e.b.bitcast(self._load(line, column), e.integers)
+                found = e.b.bitcast(self._load(line, column), e.element_integers)
                 if spec.kernel != (1, 1):  # -0.0 and a NaN with its sign set are no smaller than others
-                    found = e.b.and_(found, e.splat(0x7FFFFFFF))
+                    found = e.b.and_(found, self._integers((1 << 8 * e.element_bytes - 1) - 1))
                 best = found if best is None else e.b.select(e.b.icmp_signed(">", found, best), found, best)
         if mask is not None and spec.spills:
-            best, mask = e.b.select(mask, best, e.splat(0)), None
-        e.store_vector(e.b.bitcast(best, e.vector), e.address(out, at), mask)
+            best, mask = e.b.select(mask, best, self._integers(0)), None
+        e.store_vector(e.b.bitcast(best, e.elements), e.address(out, at), mask)
+
+    def _integers(self, number: int) -> Any:
+        return self.e.ir.Constant(self.e.element_integers, [number] * self.e.lanes)
 
     def _load(self, line: Any, column: int) -> Any:
         e = self.e
-        first = e.load_vector(e.address(line, e.int64(4 * column)))
+        first = e.load_vector(e.address(line, e.int64(e.element_bytes * column)))
         if self.spec.step == 1:
             return first
-        second = e.load_vector(e.address(line, e.int64(4 * column + self.vector_bytes)))
+        second = e.load_vector(e.address(line, e.int64(e.element_bytes * column + self.vector_bytes)))
         even = e.ir.Constant(e.integers, list(range(0, 2 * e.lanes, 2)))
         return e.b.shuffle_vector(first, second, even)
 

@@ -8,32 +8,29 @@ import torch
 from torch import Tensor
 
 from sparsetwin.kernels import (
+    DenseConvolution,
     PlaneLayout,
-    PlaneWindow,
     Pool,
     SparseConvolution,
     Tiling,
-    host_target,
     make_layout,
-    max_vectors,
 )
 from sparsetwin.runtime._cut import Cut, converted_once
 from sparsetwin.runtime._dense import TensorEngine, tensor_function, worth_trying
 from sparsetwin.runtime._graph import Convolution, GlobalMean, Graph, Layer, Linear, Node, Torch
-from sparsetwin.runtime._layouts import lay_out
 from sparsetwin.runtime._lowering import Form, Lowered, can_use_planes, lower
 from sparsetwin.runtime._products import DEFAULT, Packed, activation_of, density_of, is_narrow
 from sparsetwin.runtime._program import Program
-from sparsetwin.runtime._segments import bind_all
+from sparsetwin.runtime._reduced import DensePlanes, other_panels
 from sparsetwin.runtime._sheets import Sheet, pack_image, pixels, sheet_of, unpack_image
-from sparsetwin.runtime._steps import Mean, Pack, Product, Step
-from sparsetwin.runtime._steps import Pool as PoolStep
+from sparsetwin.runtime._steps import Product
 from sparsetwin.runtime._timing import shortest
+from sparsetwin.runtime._trial import Trial
 
-Engine = Literal["planes", "rows", "dense"]
+Engine = Literal["planes", "dense planes", "rows", "dense"]
 Prefer = Literal["time", "memory"]
+_ON_PLANES: tuple[Engine, ...] = ("planes", "dense planes")
 _NEVER = 1e6  # seconds
-_REPEATED = 6  # times that several threads run a node in one chain, to which they come late
 _TUNED = 1e-4  # seconds that a layer takes at least to be worth other tilings
 
 
@@ -44,12 +41,19 @@ class Choice:
     engine: Engine
     tiling: Tiling = DEFAULT  # on planes
     rows: Tiling = DEFAULT  # on rows of tokens
+    panels: Tiling = DEFAULT  # dense on planes
+    dot: str | None = None  # the instruction that dense planes were measured with
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def form(self) -> Form:
         """Whether it works on planes or on tensors."""
-        return "planes" if self.engine == "planes" else "tensor"
+        return "planes" if self.engine in _ON_PLANES else "tensor"
+
+    @property
+    def fastest_on_planes(self) -> Engine | None:
+        """The faster engine on planes, of those that were measured."""
+        return min((name for name in _ON_PLANES if name in self.seconds), key=self.seconds.__getitem__, default=None)
 
 
 Choices = Mapping[int, Choice]
@@ -61,18 +65,25 @@ def make_program(graph: Graph, choices: Choices, *, packed: Packed, threads: int
 
     def function(node: Node) -> Any:
         choice = choices[node.output]
-        assert choice.engine != "planes"
+        assert choice.engine in ("rows", "dense")
         value = graph.values[node.inputs[0]] if node.inputs else None
         return tensor_function(node, value, choice.engine, tiling=choice.rows, pool=pool)
+
+    def product(step: Product, source: PlaneLayout, destination: PlaneLayout) -> SparseConvolution | DenseConvolution:
+        choice = choices[step.node.output]
+        if choice.engine != "dense planes":
+            return packed.for_step(step, source, destination, choice.tiling)
+        return packed.dense_convolution(
+            step.node, step.geometry, tiling=choice.panels, source=source, destination=destination
+        )
 
     return Program(
         graph,
         forms={output: choice.form for output, choice in choices.items()},
-        product=lambda step, source, destination: packed.for_step(
-            step, source, destination, choices[step.node.output].tiling
-        ),
+        product=product,
         function=function,
         threads=threads,
+        half=packed.half,
     )
 
 
@@ -82,7 +93,9 @@ def all_dense(choices: Choices) -> Choices:
 
 
 @torch.no_grad()
-def measured_choices(graph: Graph, *, packed: Packed, threads: int, prefer: Prefer = "time") -> Choices:
+def measured_choices(
+    graph: Graph, *, packed: Packed, threads: int, prefer: Prefer = "time", bfloat16: DensePlanes | None = None
+) -> tuple[Choices, Choices]:
     """Return the fastest choice for every node, conversions between planes and tensors counted.
 
     Args:
@@ -90,19 +103,71 @@ def measured_choices(graph: Graph, *, packed: Packed, threads: int, prefer: Pref
         packed: Takes the matrices of the best tilings.
         threads: Of the kernels.
         prefer: Whether narrow values run where they are faster, or wherever a sparse kernel runs.
+        bfloat16: Permission for dense kernels on planes.
+
+    Returns:
+        Choices without dense kernels on planes, and with them: the same where there is no permission.
     """
-    measure = _Measure(graph, packed, threads, prefer)
+    measure = _Measure(graph, packed, threads, prefer, bfloat16)
     found = {node.output: measure.node(node) for node in graph.nodes if not isinstance(node.operation, Torch)}
     found |= {node.output: Choice(engine="dense") for node in graph.nodes if isinstance(node.operation, Torch)}
-    return _cheapest(graph, found, measure)
+    return _chosen(graph, found, measure)
+
+
+def _chosen(graph: Graph, found: Mapping[int, Choice], measure: "_Measure") -> tuple[Choices, Choices]:
+    """Return the cheapest choices without dense kernels on planes, and with them if they were measured."""
+    if measure.bfloat16 is None:
+        chosen = _cheapest(graph, found, measure)
+        return chosen, chosen
+    float32 = _cheapest(graph, {output: _without_dense_planes(one) for output, one in found.items()}, measure)
+    both = {output: replace(found[output], engine=one.engine) for output, one in float32.items()}
+    return both, _cheapest(graph, found, measure)
+
+
+def without_dense_planes(choices: Choices) -> Choices:
+    """Return choices with the next fastest engine where the dense kernel on planes was chosen."""
+
+    def next_best(choice: Choice) -> Choice:
+        if choice.engine != "dense planes":
+            return choice
+        rest: tuple[Engine, ...] = ("planes", "rows", "dense")
+        return replace(choice, engine=min(rest, key=lambda name: choice.seconds.get(name, _NEVER)))
+
+    return {output: next_best(choice) for output, choice in choices.items()}
+
+
+@torch.no_grad()
+def half_choices(
+    graph: Graph, choices: Choices, *, packed: Packed, threads: int, bfloat16: DensePlanes | None = None
+) -> tuple[Choices, Choices]:
+    """Return the fastest choice for every node where planes are float16.
+
+    Args:
+        graph: The network, fused.
+        choices: Measured in float32; what they say about tensors is taken over.
+        packed: Says how to compute in float16; takes the matrices of the best tilings.
+        threads: Of the kernels.
+        bfloat16: As for `measured_choices`.
+
+    Returns:
+        As `measured_choices`.
+    """
+    measure = _Measure(graph, packed, threads, "time", bfloat16)
+    found = {node.output: measure.half_node(node, choices[node.output]) for node in graph.nodes}
+    return _chosen(graph, found, measure)
+
+
+def _without_dense_planes(choice: Choice) -> Choice:
+    seconds = {name: found for name, found in choice.seconds.items() if name != "dense planes"}
+    return replace(choice, seconds=seconds)
 
 
 def all_planes(graph: Graph, choices: Choices) -> Choices:
     """Return choices with every node on planes that can be and that was measured there."""
     return {
-        node.output: replace(choices[node.output], engine="planes")
-        if "planes" in choices[node.output].seconds
-        else choices[node.output]
+        node.output: replace(
+            choices[node.output], engine=choices[node.output].fastest_on_planes or choices[node.output].engine
+        )
         for node in graph.nodes
     }
 
@@ -110,16 +175,20 @@ def all_planes(graph: Graph, choices: Choices) -> Choices:
 class _Measure:
     """Times nodes on random activations; equal work is timed once."""
 
-    def __init__(self, graph: Graph, packed: Packed, threads: int, prefer: Prefer) -> None:
+    def __init__(
+        self, graph: Graph, packed: Packed, threads: int, prefer: Prefer, bfloat16: DensePlanes | None
+    ) -> None:
         self.graph, self.packed, self.threads, self.prefer = graph, packed, threads, prefer
+        self.bfloat16 = bfloat16
         self.pool = Pool(threads) if threads > 1 else None
         self.generator = torch.Generator().manual_seed(0)
         self.known: dict[Any, float] = {}
+        self.dense_planes: dict[Any, dict[Tiling, float]] = {}
 
     def node(self, node: Node) -> Choice:
         """Return the measured seconds of a node, its best tiling, and the faster engine on tensors."""
         seconds = {"dense": self._dense(node)}
-        tiling = rows = DEFAULT
+        tiling = rows = panels = DEFAULT
         layer = isinstance(node.operation, Layer)
         sparse = not layer or worth_trying(node, density_of(node))
         if sparse and can_use_planes(self.graph, node):
@@ -129,12 +198,31 @@ class _Measure:
         if sparse and isinstance(node.operation, Linear):
             wanted = self._storages(node, DEFAULT)
             rows = self._note("rows", {one: self._timed_tensor(node, "rows", one) for one in wanted}, seconds)
+        if self.bfloat16 is not None and layer and can_use_planes(self.graph, node):
+            tried = self._dense_planes(node, self.bfloat16)
+            self.packed.tiles.pop(node.output, None)  # made anew for the layers that are chosen
+            panels = self._note("dense planes", tried, seconds) if tried else panels
         faster: Engine = "rows" if seconds.get("rows", _NEVER) < seconds["dense"] else "dense"
-        return Choice(engine=faster, tiling=tiling, rows=rows, seconds=seconds)
+        dot = None if self.bfloat16 is None else self.bfloat16.dot.name
+        return Choice(engine=faster, tiling=tiling, rows=rows, panels=panels, dot=dot, seconds=seconds)
+
+    def half_node(self, node: Node, known: Choice) -> Choice:
+        """Return what `node` does for float16 planes; other engines take the seconds that are known."""
+        seconds = {name: known.seconds[name] for name in ("rows", "dense") if name in known.seconds}
+        tiling = panels = DEFAULT
+        if "planes" in known.seconds:
+            tiling = self._note("planes", self._planes(node), seconds)
+            self.packed.drop_others(node, tiling)
+        if self.bfloat16 is not None and "dense planes" in known.seconds:
+            tried = self._dense_planes(node, self.bfloat16)
+            self.packed.tiles.pop(node.output, None)
+            panels = self._note("dense planes", tried, seconds) if tried else panels
+        faster: Engine = "rows" if seconds.get("rows", _NEVER) < seconds.get("dense", _NEVER) else "dense"
+        return replace(known, engine=faster, tiling=tiling, panels=panels, seconds=seconds)
 
     def _storages(self, node: Node, tiling: Tiling) -> list[Tiling]:
         """Return a tiling with each way to store values that takes part."""
-        if not is_narrow(node):
+        if not is_narrow(node) or self.packed.half is not None:
             return [tiling]
         narrow = replace(tiling, narrow=True)
         return [narrow] if self.prefer == "memory" else [tiling, narrow]
@@ -154,7 +242,7 @@ class _Measure:
         if sheet is None or found is None:
             return _NEVER, _NEVER
         if ("conversion", sheet) not in self.known:
-            layout = _some_layout(sheet)
+            layout = _some_layout(sheet, self.packed.dtype)
             planes, tensor = layout.empty(1), torch.zeros(found.shape)
             view, share = pixels(layout, planes), self._share(sheet.images)
             here = shortest(lambda: unpack_image(sheet, view, tensor, 0), threads=1)
@@ -192,10 +280,9 @@ class _Measure:
 
     def _planes(self, node: Node) -> dict[Tiling, float]:
         """Return the seconds of a node on planes, the splitting of its input included, with each tiling tried."""
-        single = Graph(nodes=(node,), values=self.graph.values, inputs=node.inputs, outputs=(), out_spec=None)
-        lowered = lower(single, {node.output: "planes"})
+        lowered = self._alone(node)
         images = lowered.sheets[0].images
-        bench = _Bench(lowered, self.packed, self.pool if images < self.threads else None, self.generator)
+        bench = Trial(lowered, self.packed, self.pool if images < self.threads else None, self.generator)
         share = self._share(images)
         if not isinstance(node.operation, Layer):
             key = ("planes", type(node.operation), *lowered.sheets.values(), activation_of(node))
@@ -213,87 +300,49 @@ class _Measure:
                 seconds[replace(best, narrow=True)] = bench.seconds(replace(best, narrow=True))
         return {tiling: share * found for tiling, found in seconds.items()}
 
+    def _dense_planes(self, node: Node, bfloat16: DensePlanes) -> dict[Tiling, float]:
+        """Return the seconds of a layer dense on planes, with each tiling tried; none if its results are wrong."""
+        lowered = self._alone(node)
+        (step,) = [step for step in lowered.steps if isinstance(step, Product)]
+        if not bfloat16.suits(step.geometry):
+            return {}
+        key = ("dense planes", step.geometry, *lowered.sheets.values(), activation_of(node), len(node.inputs))
+        if key not in self.dense_planes:
+            images = lowered.sheets[0].images
+            bench = Trial(lowered, self.packed, self.pool if images < self.threads else None, self.generator)
+            seconds = {DEFAULT: bench.seconds(DEFAULT, dense=True)}
+            if seconds[DEFAULT] > _TUNED:
+                seconds |= {tiling: bench.seconds(tiling, dense=True) for tiling in other_panels(step.geometry)}
+            self.dense_planes[key] = {tiling: self._share(images) * found for tiling, found in seconds.items()}
+        found = self.dense_planes[key]
+        best = min(found, key=found.__getitem__)
+        plain = self.packed.unscaled()
+        return found if bfloat16.is_right(node, step.geometry, plain, tiling=best, pool=self.pool) else {}
 
-class _Bench:
-    """One node's steps on planes of one image."""
-
-    def __init__(self, lowered: Lowered, packed: Packed, pool: Pool | None, generator: torch.Generator) -> None:
-        self.lowered, self.packed, self.pool = lowered, packed, pool
-        self.layouts = lay_out(lowered)
-        self.planes = {sheet: layout.empty(1) for sheet, layout in self.layouts.items()}
-        self.values: dict[int, Tensor] = {}
-        self.kernels: dict[Step, SparseConvolution | PlaneWindow] = {}
-        for step in lowered.steps:
-            if isinstance(step, Pack):
-                layout = self.layouts[step.sheet]
-                images = torch.rand(1, layout.channels, layout.height, layout.width, generator=generator)
-                layout.pack(images, out=self.planes[step.sheet])
-            elif isinstance(step, Mean):
-                sheet = lowered.sheets[step.source]
-                self.values[step.value] = torch.empty(sheet.images, sheet.channels)
-            elif isinstance(step, PoolStep):
-                self.kernels[step] = step.kernel(self.layouts)
-
-    def seconds(self, tiling: Tiling) -> float:
-        """Return the seconds of one image."""
-        steps = [step for step in self.lowered.steps if not isinstance(step, Pack)]
-        for step in steps:
-            if isinstance(step, Product):
-                layouts = self.layouts[step.source], self.layouts[step.sheet]
-                self.kernels[step] = self.packed.for_step(step, *layouts, tiling)
-        times = _REPEATED if self.pool else 1
-        bound = bind_all(
-            steps * times,
-            sheets=self.lowered.sheets,
-            layouts=self.layouts,
-            planes=self.planes.__getitem__,
-            kernels=self.kernels,
-            threads=self.pool.threads if self.pool else 1,
-            pool=self.pool,
-        )
-
-        def run() -> None:
-            for one in bound:
-                one(self.values, 0)
-
-        return shortest(run, threads=self.pool.threads if self.pool else 1) / times
-
-    def other_tilings(self) -> list[Tiling]:
-        """Return what to try beside the default: other widths of a tile, other blocks of channels."""
-        (step,) = [step for step in self.lowered.steps if isinstance(step, Product)]
-        kernel = self.kernels[step]
-        assert isinstance(kernel, SparseConvolution)
-        geometry = step.geometry
-        per_group = geometry.in_channels // geometry.groups
-        block = kernel.matrix.block_columns // (geometry.kernel[0] * geometry.kernel[1])
-        blocks = {block // 2, 2 * block, per_group} - {block, 0} if geometry.groups == 1 else set()
-        found = [Tiling(block=min(other, per_group)) for other in sorted(blocks)]
-        columns = kernel.destination.pitch * geometry.out_size[0]
-        lanes = host_target().lanes
-        for vectors in (6, 10):
-            if vectors * lanes < columns + lanes and vectors <= max_vectors(host_target()):
-                found.append(Tiling(vectors=vectors, block=block if geometry.groups == 1 else None))
-        return found
+    def _alone(self, node: Node) -> Lowered:
+        single = Graph(nodes=(node,), values=self.graph.values, inputs=node.inputs, outputs=(), out_spec=None)
+        return lower(single, {node.output: "planes"})
 
 
-def _some_layout(sheet: Sheet) -> PlaneLayout:
+def _some_layout(sheet: Sheet, dtype: torch.dtype) -> PlaneLayout:
     """Return a layout like those that convolutions of such images have."""
+    pitch, lead = sheet.width + 1, sheet.width + 2
     return make_layout(
-        channels=sheet.channels, height=sheet.height, width=sheet.width, pitch=sheet.width + 1, lead=sheet.width + 2
+        channels=sheet.channels, height=sheet.height, width=sheet.width, pitch=pitch, lead=lead, dtype=dtype
     )
 
 
 def _cheapest(graph: Graph, found: Mapping[int, Choice], measure: _Measure) -> Choices:
     """Choose the form of all nodes at once; a value is converted once, for all that read it in the other form."""
-    if not any("planes" in choice.seconds for choice in found.values()):
+    if not any(choice.fastest_on_planes for choice in found.values()):
         return found
     cut = Cut()
     nodes: dict[int, int] = {}
     values: dict[int, int] = {value: cut.point(first=_NEVER) for value in graph.inputs if value is not None}
     for node in graph.nodes:
-        seconds = found[node.output].seconds
+        seconds, faster = found[node.output].seconds, found[node.output].fastest_on_planes
         on_tensors = min((seconds[name] for name in ("rows", "dense") if name in seconds), default=0.0)
-        nodes[node.output] = cut.point(first=seconds.get("planes", _NEVER), second=on_tensors)
+        nodes[node.output] = cut.point(first=_NEVER if faster is None else seconds[faster], second=on_tensors)
         if isinstance(node.operation, GlobalMean | Torch):
             values[node.output] = cut.point(first=_NEVER)  # its result is a tensor whatever it reads
         else:
@@ -306,6 +355,6 @@ def _cheapest(graph: Graph, found: Mapping[int, Choice], measure: _Measure) -> C
         converted_once(cut, point, readers, to_second=here, to_first=back)
     first = cut.first_side()
     return {
-        output: replace(choice, engine="planes") if nodes[output] in first else choice
+        output: replace(choice, engine=choice.fastest_on_planes or "planes") if nodes[output] in first else choice
         for output, choice in found.items()
     }

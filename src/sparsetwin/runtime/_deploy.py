@@ -12,6 +12,7 @@ from sparsetwin.errors import ConfigError, UsageError
 from sparsetwin.runtime._calls import Call, Caller, example_arguments, plain_mode
 from sparsetwin.runtime._choices import Prefer
 from sparsetwin.runtime._deployed import Deployed
+from sparsetwin.runtime._half import half_target_if
 from sparsetwin.runtime._network import InFile, InMemory, Network, opened
 from sparsetwin.runtime._planner import Planner
 from sparsetwin.runtime._rivals import RIVALS, checked_rivals
@@ -85,9 +86,10 @@ def deploy(
         threads: Of the sparse kernels; as many as PyTorch uses by default, or one where that is faster as a whole.
             PyTorch's own number stays as it is.
         allow_reduced_precision: Whether bfloat16 may be used: dense, and for the weights of linears with few tokens.
-        calibration: Examples of real inputs, of the example's shapes: ONNX Runtime in int8, quantised with them, takes
-            part where it is installed and near enough to float32 on them, as the plan tells. Needs
-            ``allow_reduced_precision``.
+            And float16 for sparse kernels, on processors that compute with it.
+        calibration: Examples of real inputs, of the example's shapes. They scale what float16 kernels compute with. And
+            ONNX Runtime in int8, quantised with them, takes part where it is installed and near enough to float32 on
+            them, as the plan tells. Needs ``allow_reduced_precision``.
         rivals: Dense engines to beat besides PyTorch's eager mode: ``"compile"`` and ``"openvino"`` are left out where
             they are not there, or where dense work alone would take longer than what was found already. All by default
             for a model; none, not even eager mode, for a file, since they need all of its weights dense.
@@ -100,7 +102,7 @@ def deploy(
     """
     if dtype not in get_args(Dtype):
         raise ConfigError(
-            f"dtype={dtype!r}; expected 'auto' or 'float32'. For bfloat16 where it is faster: "
+            f"dtype={dtype!r}; expected 'auto' or 'float32'. For bfloat16 and float16 where they are faster: "
             "dtype='auto', allow_reduced_precision=True"
         )
     if dtype == "float32" and allow_reduced_precision:
@@ -115,7 +117,7 @@ def deploy(
         raise UsageError("deploy takes (model, example) or (file, model_fn, example)")
     checked = checked_rivals(rivals if rivals is not None else () if in_file else RIVALS)
     if calibration is not None and not allow_reduced_precision:
-        raise ConfigError("calibration is for int8 engines; it needs allow_reduced_precision=True")
+        raise ConfigError("calibration is for float16 and int8; it needs allow_reduced_precision=True")
     arguments, named = example_arguments(given[-1])
     with plain_mode():
         network = _network(source, *given[:-1], half=half)
@@ -128,6 +130,7 @@ def deploy(
             rivals=checked,
             prefer=prefer,
             calibration=_calibration(calibration, caller, call),
+            half=half_target_if(allowed=allow_reduced_precision),
         )
         return Deployed(planner, (planner.entry(call),))
 

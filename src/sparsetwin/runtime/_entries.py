@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparsetwin.kernels import host_dot
 from sparsetwin.runtime._calls import Call
 from sparsetwin.runtime._choices import (
     Choice,
@@ -16,15 +19,18 @@ from sparsetwin.runtime._choices import (
     all_planes,
     make_program,
     measured_choices,
+    without_dense_planes,
 )
 from sparsetwin.runtime._graph import Convolution, Graph, Layer, Linear, Node, Torch, without_weight
 from sparsetwin.runtime._lowering import can_use_planes
 from sparsetwin.runtime._plan import LayerPlan, Plan
 from sparsetwin.runtime._products import Packed, density_of, is_narrow, matrix_key
 from sparsetwin.runtime._program import Program
+from sparsetwin.runtime._reduced import DensePlanes
 from sparsetwin.runtime._rivals import Runner
 
-PROGRAMS = ("sparse", "sparse, all on planes", "dense graph")
+PROGRAMS = ("sparse", "sparse and dense bfloat16", "sparse, all on planes", "dense graph")
+HALF, HALF_MIXED = "sparse float16", "sparse float16 and dense bfloat16"
 _ONE_THREAD = ", one thread"
 
 
@@ -36,6 +42,7 @@ class Made:
     graph: Graph
     choices: Choices
     packed: Packed
+    float32: Choices | None = None  # if planes are float16: what was measured where they are not
 
     def run(self, call: Call) -> Any:
         """Return the program's result for a call."""
@@ -55,7 +62,13 @@ class Entry:
 
 
 def make_programs(
-    graph: Graph, choices: Choices, *, threads: int, dense: bool = True, prefer: Prefer = "time"
+    graph: Graph,
+    choices: Choices,
+    *,
+    threads: int,
+    dense: bool = True,
+    prefer: Prefer = "time",
+    bfloat16: DensePlanes | None = None,
 ) -> dict[str, Made]:
     """Return the programs worth timing: as chosen, all on planes, all dense; equal ones once.
 
@@ -67,13 +80,15 @@ def make_programs(
         threads: Of the kernels.
         dense: Whether all weights may be there dense at once; else that program is left out, unless it is the choice.
         prefer: As `measured_choices` takes it.
+        bfloat16: As `measured_choices` takes it.
     """
     packed = Packed()
     if all(node.output in choices for node in graph.nodes):
-        chosen: Choices = {node.output: _fitting(graph, node, choices[node.output]) for node in graph.nodes}
+        mixed: Choices = {node.output: fitting(graph, node, choices[node.output]) for node in graph.nodes}
+        float32 = without_dense_planes(mixed)
     else:
-        chosen = measured_choices(graph, packed=packed, threads=threads, prefer=prefer)
-    wanted = dict(zip(PROGRAMS, (chosen, all_planes(graph, chosen), all_dense(chosen)), strict=True))
+        float32, mixed = measured_choices(graph, packed=packed, threads=threads, prefer=prefer, bfloat16=bfloat16)
+    wanted = dict(zip(PROGRAMS, (float32, mixed, all_planes(graph, mixed), all_dense(mixed)), strict=True))
     if not dense:
         del wanted["dense graph"]
     made: dict[str, Made] = {}
@@ -84,19 +99,40 @@ def make_programs(
             seen.add(engines)
             name = "dense graph" if set(engines) <= {"dense"} else name
             made[name] = make(graph, found, packed=packed, threads=threads)
-    if threads > 1:
-        made |= {f"{name}{_ONE_THREAD}": _alone(found) for name, found in made.items() if name != "dense graph"}
-    return made
+    return made | on_one_thread(made) if threads > 1 else made
 
 
-def _alone(made: Made) -> Made:
-    program = make_program(made.graph, made.choices, packed=made.packed, threads=1)
-    return replace(made, program=program)
+@torch.no_grad()
+def near_float32(programs: Mapping[str, Made], call: Call, bfloat16: DensePlanes | None) -> dict[str, Made]:
+    """Return programs without those whose dense bfloat16 layers lead far from float32 on a call; notes tell which."""
+
+    def dense(made: Made) -> bool:
+        return any(choice.engine == "dense planes" for choice in made.choices.values())
+
+    exact = next((made for made in programs.values() if not dense(made)), None)
+    if bfloat16 is None or exact is None or not any(map(dense, programs.values())):
+        return dict(programs)
+    expected = exact.program.run(call.leaves)
+    expected = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in expected]
+    return {
+        name: made
+        for name, made in programs.items()
+        if not dense(made) or bfloat16.is_near(name, made.program.run(call.leaves), expected)
+    }
+
+
+def on_one_thread(programs: Mapping[str, Made]) -> dict[str, Made]:
+    """Return programs with kernels for one thread, by names that say so."""
+
+    def alone(made: Made) -> Made:
+        return replace(made, program=make_program(made.graph, made.choices, packed=made.packed, threads=1))
+
+    return {f"{name}{_ONE_THREAD}": alone(found) for name, found in programs.items() if name != "dense graph"}
 
 
 def is_program(name: str) -> bool:
     """Tell whether a candidate of a plan is a program, which a file can hold."""
-    return name.removesuffix(_ONE_THREAD) in PROGRAMS
+    return name.removesuffix(_ONE_THREAD) in (*PROGRAMS, HALF, HALF_MIXED)
 
 
 def threads_of(plan: Plan) -> int:
@@ -104,19 +140,35 @@ def threads_of(plan: Plan) -> int:
     return 1 if plan.engine.endswith(_ONE_THREAD) else plan.threads
 
 
-def _fitting(graph: Graph, node: Node, choice: Choice) -> Choice:
+def fitting(graph: Graph, node: Node, choice: Choice) -> Choice:
     """Return a choice of another shape, dense where its engine cannot run this node."""
     fits = {
         "planes": not isinstance(node.operation, Torch) and can_use_planes(graph, node),
+        "dense planes": _runs_dense_planes(graph, node, choice),
         "rows": isinstance(node.operation, Linear),
         "dense": True,
     }
     return choice if fits[choice.engine] else replace(choice, engine="dense")
 
 
+def _runs_dense_planes(graph: Graph, node: Node, choice: Choice) -> bool:
+    return isinstance(node.operation, Layer) and can_use_planes(graph, node) and dots_are_here({node.output: choice})
+
+
+def dots_are_here(choices: Choices) -> bool:
+    """Tell whether this process has the instruction that each dense kernel on planes was chosen with."""
+    wanted = {choice.dot for choice in choices.values() if choice.engine == "dense planes"}
+    if not wanted:
+        return True
+    found = host_dot()
+    return found is not None and wanted == {found.name}
+
+
 def make(graph: Graph, choices: Choices, *, packed: Packed, threads: int) -> Made:
     """Return a program for a graph whose weights are all there, or in ``packed``."""
-    mine = Packed()
+    dense = {output for output, choice in choices.items() if choice.engine == "dense planes"}
+    tiles = {output: tiles for output, tiles in packed.tiles.items() if output in dense}
+    mine = Packed(tiles=tiles, half=packed.half)
     missing = False
     for node in graph.layers():
         key, on_planes = matrix_key(node, choices[node.output].tiling), choices[node.output].engine == "planes"
@@ -127,9 +179,9 @@ def make(graph: Graph, choices: Choices, *, packed: Packed, threads: int) -> Mad
     if missing:
         make_program(graph, choices, packed=mine, threads=threads)  # packs what is not packed yet
     slim = _without_packed(graph, choices)
-    return Made(
-        program=make_program(slim, choices, packed=mine, threads=threads), graph=slim, choices=choices, packed=mine
-    )
+    program = make_program(slim, choices, packed=mine, threads=threads)
+    packed.tiles.update(mine.tiles)  # for other programs of the same layers
+    return Made(program=program, graph=slim, choices=choices, packed=mine)
 
 
 def _is_bare(node: Node) -> bool:
@@ -168,29 +220,33 @@ def with_program(entry: Entry, graph: Graph, programs: Mapping[str, Made], secon
     fastest = min(programs, key=seconds.__getitem__)
     plan = replace(
         entry.plan,
-        layers=layer_plans(graph, programs[fastest].choices),
+        layers=layer_plans(graph, programs[fastest].choices, half=programs[fastest].packed.half is not None),
         torch_operations=torch_operations(graph),
         workspace_bytes=programs[fastest].program.workspace_bytes(),
     )
     return replace(entry, plan=plan, program=programs[fastest])
 
 
-def layer_plans(graph: Graph, choices: Choices) -> tuple[LayerPlan, ...]:
-    """Return what was chosen and measured for each layer."""
+def layer_plans(graph: Graph, choices: Choices, *, half: bool = False) -> tuple[LayerPlan, ...]:
+    """Return what was chosen and measured for each layer; ``half`` tells that planes are float16."""
     return tuple(
         LayerPlan(
             name=node.name,
             kind=_kind(node),
             density=density_of(node),
-            engine=_engine(node, choices[node.output]),
+            engine=_engine(node, choices[node.output], half=half),
             seconds=dict(choices[node.output].seconds),
         )
         for node in graph.layers()
     )
 
 
-def _engine(node: Node, choice: Choice) -> str:
+def _engine(node: Node, choice: Choice, *, half: bool) -> str:
+    if half and choice.engine == "planes":
+        return "planes, float16"
     narrow = (choice.engine == "planes" and choice.tiling.narrow) or (choice.engine == "rows" and choice.rows.narrow)
+    if choice.engine == "dense planes":
+        return f"dense planes, {choice.dot}"
     return f"{choice.engine}, narrow values" if narrow and is_narrow(node) else choice.engine
 
 

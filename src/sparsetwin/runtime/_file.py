@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from sparsetwin.errors import CheckpointError, UsageError
 from sparsetwin.kernels import Tiling
 from sparsetwin.runtime._calls import Call, call_key
-from sparsetwin.runtime._choices import Choice, Choices
+from sparsetwin.runtime._choices import Choice, Choices, Engine
 from sparsetwin.runtime._coding import (
     Store,
     decoded_graph,
@@ -40,7 +40,17 @@ from sparsetwin.runtime._products import Packed
 
 _KEY, _VERSION = "sparsetwin", 2
 _LINE = 64  # bytes
+_EXPONENTS = 200  # beyond any float32 number's
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedHalf:
+    """How a saved program computes in float16; its weights are saved as for float32."""
+
+    target: str
+    exponents: Mapping[int, int]
+    float32: Choices  # of the same layers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +62,7 @@ class Saved:
     choices: Choices
     packed: Packed
     plan: Plan
+    half: SavedHalf | None = None
 
 
 def save_entries(path: Path, entries: Sequence[Entry], *, name: str, signature: inspect.Signature) -> None:
@@ -160,7 +171,29 @@ def _encoded_entry(entry: Entry, store: Store) -> Any:
             for (node, block, narrow), matrix in made.packed.matrices.items()
         ],
         "plan": _plan_of_program(entry.plan).to_json(),
+        **_encoded_half(made),
     }
+
+
+def _encoded_half(made: Made) -> dict[str, Any]:
+    half = made.packed.half
+    if half is None or made.float32 is None:
+        return {}
+    choices = {str(output): _encoded_choice(choice) for output, choice in made.float32.items()}
+    exponents = {str(value): exponent for value, exponent in half.exponents.items()}
+    return {"half": {"target": half.target.name, "exponents": exponents, "choices": choices}}
+
+
+def _decoded_half(found: Any, graph: Graph) -> SavedHalf | None:
+    if found is None:
+        return None
+    choices = {int(output): _decoded_choice(choice) for output, choice in found["choices"].items()}
+    exponents = {int(value): int(exponent) for value, exponent in found["exponents"].items()}
+    if any(node.output not in choices for node in graph.nodes) or any(abs(e) > _EXPONENTS for e in exponents.values()):
+        raise CheckpointError(
+            "the file's plan is damaged: a node has no engine in float32, or an exponent is too large"
+        )
+    return SavedHalf(target=str(found["target"]), exponents=exponents, float32=choices)
 
 
 def _without_packed(made: Made) -> Graph:
@@ -200,6 +233,7 @@ def _decoded_entry(found: Any, tensors: Mapping[str, Tensor]) -> Saved:
         choices=choices,
         packed=packed,
         plan=Plan.from_json(found["plan"]),
+        half=_decoded_half(found.get("half"), graph),
     )
 
 
@@ -219,7 +253,8 @@ def _check_weights(graph: Graph, packed: Packed) -> None:
 
 def _encoded_choice(choice: Choice) -> Any:
     tilings = {name: _encoded_tiling(getattr(choice, name)) for name in ("tiling", "rows")}
-    return {"engine": choice.engine, **tilings, "seconds": dict(choice.seconds)}
+    dense = {} if choice.dot is None else {"dot": choice.dot, "panels": _encoded_tiling(choice.panels)}
+    return {"engine": choice.engine, **tilings, **dense, "seconds": dict(choice.seconds)}
 
 
 def _encoded_tiling(tiling: Tiling) -> Any:
@@ -227,13 +262,14 @@ def _encoded_tiling(tiling: Tiling) -> Any:
 
 
 def _decoded_choice(found: Any) -> Choice:
-    if found["engine"] not in ("planes", "rows", "dense"):
+    if found["engine"] not in get_args(Engine) or (found["engine"] == "dense planes" and "dot" not in found):
         raise CheckpointError(f"the file names an engine {found['engine']!r} that this version does not know")
-    tiling, rows = (
-        Tiling(vectors=part["vectors"], block=part["block"], narrow=bool(part["narrow"]))
-        for part in (found["tiling"], found["rows"])
-    )
-    return Choice(engine=found["engine"], tiling=tiling, rows=rows, seconds=dict(found["seconds"]))
+    tilings = {
+        name: Tiling(vectors=part["vectors"], block=part["block"], narrow=bool(part["narrow"]))
+        for name in ("tiling", "rows", "panels")
+        if (part := found.get(name)) is not None
+    }
+    return Choice(engine=found["engine"], **tilings, dot=found.get("dot"), seconds=dict(found["seconds"]))
 
 
 def _encoded_leaf(leaf: Any) -> Any:

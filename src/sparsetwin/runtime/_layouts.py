@@ -7,6 +7,8 @@ of one size share one layout, with margins large enough for each of its readers.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from sparsetwin.kernels import PlaneLayout, make_layout
 from sparsetwin.runtime._lowering import Lowered
 from sparsetwin.runtime._sheets import Sheet
@@ -19,8 +21,8 @@ class _Need:
     body: int = 0
 
 
-def lay_out(lowered: Lowered) -> dict[int, PlaneLayout]:
-    """Return the layout of every sheet."""
+def lay_out(lowered: Lowered, dtype: torch.dtype = torch.float32) -> dict[int, PlaneLayout]:
+    """Return the layout of every sheet, whose planes are of a dtype."""
     classes = _pitch_classes(lowered)
     pitches: dict[int, int] = {}
     for number, sheet in lowered.sheets.items():
@@ -33,7 +35,7 @@ def lay_out(lowered: Lowered) -> dict[int, PlaneLayout]:
         elif isinstance(step, Pool) and step.window.kernel != (1, 1):
             found = classes[step.source]
             pitches[found] = max(pitches[found], step.window.least_pitch(lowered.sheets[step.source].width))
-    needs = _margins(lowered, classes, pitches)
+    needs = _margins(lowered, classes, pitches, dtype)
     layouts = {}
     for number, sheet in lowered.sheets.items():
         need, pitch = needs[_key(sheet, classes[number])], pitches[classes[number]]
@@ -45,6 +47,7 @@ def lay_out(lowered: Lowered) -> dict[int, PlaneLayout]:
             pitch=pitch,
             lead=need.lead,
             body=need.body,
+            dtype=dtype,
         )
     return layouts
 
@@ -73,7 +76,9 @@ def _key(sheet: Sheet, found: int) -> _Key:
     return (found, sheet)
 
 
-def _margins(lowered: Lowered, classes: Mapping[int, int], pitches: Mapping[int, int]) -> dict[_Key, _Need]:
+def _margins(
+    lowered: Lowered, classes: Mapping[int, int], pitches: Mapping[int, int], dtype: torch.dtype
+) -> dict[_Key, _Need]:
     needs: dict[_Key, _Need] = {_key(sheet, classes[number]): _Need() for number, sheet in lowered.sheets.items()}
 
     def ask(number: int, lead: int, body: int) -> None:
@@ -84,13 +89,13 @@ def _margins(lowered: Lowered, classes: Mapping[int, int], pitches: Mapping[int,
         if isinstance(step, Product):
             pitch = pitches[classes[step.source]]
             down, right = step.geometry.shifts(0)[0], step.geometry.shifts(1)[0]
-            ask(step.source, -down * pitch - right, step.geometry.body(pitch))
-            ask(step.sheet, 0, step.geometry.written(pitch))
+            ask(step.source, -down * pitch - right, step.geometry.body(pitch, dtype))
+            ask(step.sheet, 0, step.geometry.written(pitch, dtype))
             if step.residual is not None:
-                ask(step.residual, 0, step.geometry.written(pitch))
+                ask(step.residual, 0, step.geometry.written(pitch, dtype))
         elif isinstance(step, Pool):
             sheet, pitch = lowered.sheets[step.source], pitches[classes[step.source]]
             row, column = step.origin
-            body = step.window.body(sheet.height - row, sheet.width - column, pitch)
+            body = step.window.body(sheet.height - row, sheet.width - column, pitch, dtype)
             ask(step.source, step.window.lead(pitch), row * pitch + column + body)
     return needs

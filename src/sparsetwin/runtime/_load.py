@@ -12,16 +12,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from sparsetwin.errors import CheckpointError, ConfigError, UsageError
+from sparsetwin.kernels import Target
 from sparsetwin.runtime._calls import Call, plain_mode
-from sparsetwin.runtime._choices import Choice, make_program
+from sparsetwin.runtime._choices import Choice, Choices, make_program
 from sparsetwin.runtime._deployed import Deployed
-from sparsetwin.runtime._entries import Entry, Made, make, make_programs, threads_of, unpacked, with_program
-from sparsetwin.runtime._file import Saved, read_file
+from sparsetwin.runtime._entries import (
+    Entry,
+    Made,
+    dots_are_here,
+    make,
+    make_programs,
+    near_float32,
+    threads_of,
+    unpacked,
+    with_program,
+)
+from sparsetwin.runtime._file import Saved, SavedHalf, read_file
 from sparsetwin.runtime._graph import Graph, Layer, Node, Torch, Value
+from sparsetwin.runtime._half import Half, half_target_if
+from sparsetwin.runtime._half_programs import HalfPrograms, half_programs
 from sparsetwin.runtime._machine import kernels_run, machine
 from sparsetwin.runtime._plain import run_plain, values_of
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
+from sparsetwin.runtime._reduced import dense_planes
 from sparsetwin.runtime._rivals import Runner
 from sparsetwin.runtime._timing import race
 
@@ -68,8 +82,14 @@ def load(path: str | Path, *, threads: int | None = None) -> Deployed:
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads}; expected at least 1")
-    name, signature, shapes = read_file(Path(path))
-    source = FileSource(name=name, signature=signature, threads=shapes[0].plan.threads if threads is None else threads)
+    return loaded(Path(path), threads=threads, half=half_target_if(allowed=True))
+
+
+def loaded(path: Path, *, threads: int | None, half: Target | None) -> Deployed:
+    """Return the network of a file; plans that were made with a target of float16 arithmetic take ``half`` for it."""
+    name, signature, shapes = read_file(path)
+    number = shapes[0].plan.threads if threads is None else threads
+    source = FileSource(name=name, signature=signature, threads=number, half=half)
     try:
         with plain_mode():
             source.entries = tuple(source.restored(saved) for saved in shapes)
@@ -88,15 +108,26 @@ class FileSource:
     signature: inspect.Signature
     threads: int
     entries: tuple[Entry, ...] = ()
+    half: Target | None = None  # with float16 arithmetic, for plans that were made with it
 
     def restored(self, saved: Saved) -> Entry:
         """Return a saved plan as it was; measured again if this machine or the number of threads is another one."""
-        if kernels_run() and (saved.plan.machine, saved.plan.threads) == (machine(), self.threads):
-            threads = threads_of(saved.plan)
-            program = make_program(saved.graph, saved.choices, packed=saved.packed, threads=threads)
-            made = Made(program=program, graph=saved.graph, choices=saved.choices, packed=saved.packed)
+        here = kernels_run() and (saved.plan.machine, saved.plan.threads) == (machine(), self.threads)
+        half = self._half(saved.half)
+        if here and dots_are_here(saved.choices) and (saved.half is None) == (half is None):
+            threads, packed = threads_of(saved.plan), replace(saved.packed, half=half)
+            program = make_program(saved.graph, saved.choices, packed=packed, threads=threads)
+            float32 = None if saved.half is None else saved.half.float32
+            made = Made(program=program, graph=saved.graph, choices=saved.choices, packed=packed, float32=float32)
             return Entry(call=saved.call, run=made.run, plan=saved.plan, program=made)
-        return self._measured(saved.call, unpacked(saved.graph, saved.packed), {})
+        allowed = saved.choices if saved.half is None else saved.half.float32
+        return self._measured(saved.call, unpacked(saved.graph, saved.packed), {}, like=allowed, half=half)
+
+    def _half(self, saved: SavedHalf | None) -> Half | None:
+        """Return how to compute in float16 as a saved program does, if this machine can."""
+        if saved is None or self.half is None or self.half.name != saved.target:
+            return None
+        return Half(target=self.half, exponents=saved.exponents)
 
     def entry(self, call: Call, like: Entry | None = None) -> Entry:
         """Plan a call of new sizes.
@@ -113,7 +144,12 @@ class FileSource:
                 f"this {self.name} was loaded from a file with plans for {known}; got {call.describe()}"
                 f"{'; ' if reason else ''}{reason}. Deploy the model, call prepare for each shape, and save again"
             )
-        return self._measured(call, resized(unpacked(made.graph, made.packed), call), made.choices)
+        graph = resized(unpacked(made.graph, made.packed), call)
+        if made.packed.half is None or made.float32 is None:
+            return self._measured(call, graph, made.choices, like=made.choices)
+        return self._measured(
+            call, graph, made.float32, like=made.float32, half=made.packed.half, half_choices=made.choices
+        )
 
     def reference(self, call: Call) -> Any:
         """Return what the network's dense operations make of a call; its weights are unpacked for that."""
@@ -143,21 +179,69 @@ class FileSource:
         assert made is not None, "only entries with a program are saved"
         return made
 
-    def _measured(self, call: Call, graph: Graph, choices: dict[int, Choice] | Any) -> Entry:
-        """Return the fastest program for a graph."""
+    def _measured(
+        self,
+        call: Call,
+        graph: Graph,
+        choices: Choices,
+        *,
+        like: Choices | None = None,
+        half: Half | None = None,
+        half_choices: Choices | None = None,
+    ) -> Entry:
+        """Return the fastest program for a graph; bfloat16 is allowed again where it was measured in ``like``."""
+        bfloat16 = None
+        halves = HalfPrograms()
         if kernels_run():
-            programs = make_programs(graph, choices, threads=self.threads)
+            allowed = like is not None and any(choice.dot is not None for choice in like.values())
+            bfloat16 = dense_planes(allowed=allowed)
+            programs = make_programs(graph, choices, threads=self.threads, bfloat16=bfloat16)
+            if half is not None:
+                float32, example = next(iter(programs.values())), _random_leaves(call)
+                halves = half_programs(
+                    graph,
+                    float32,
+                    half,
+                    threads=self.threads,
+                    examples=[example],
+                    choices=half_choices,
+                    bfloat16=bfloat16,
+                )
+                programs |= halves.made
         else:
             dense = {node.output: Choice(engine="dense") for node in graph.nodes}
             programs = {"dense graph": make(graph, dense, packed=Packed(), threads=self.threads)}
         leaves = [torch.zeros_like(leaf, device="cpu") if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
         filled = replace(call, leaves=leaves)
+        programs = near_float32(programs, filled, bfloat16)
         runners = {name: partial(made.run, filled) for name, made in programs.items()}
         seconds = race(runners, rounds=_ROUNDS, threads=self.threads)
         fastest = min(seconds, key=seconds.__getitem__)
-        plan = Plan(machine=machine(), threads=self.threads, inputs=call.describe(), engine=fastest, candidates=seconds)
+        plan = Plan(
+            machine=machine(),
+            threads=self.threads,
+            inputs=call.describe(),
+            engine=fastest,
+            candidates=seconds,
+            skipped=halves.skipped,
+            notes=(*(() if bfloat16 is None else bfloat16.notes), *halves.notes),
+        )
         entry = Entry(call=call.without_numbers(), run=programs[fastest].run, plan=plan)
         return with_program(entry, graph, programs, seconds)
+
+
+def _random_leaves(call: Call) -> list[Any]:
+    """Return leaves of a call with normal numbers where they are float, and zeros where they are not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not leaf.is_floating_point():
+            return torch.zeros_like(leaf, device="cpu")
+        return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+
+    return [filled(leaf) for leaf in call.leaves]
 
 
 def resized(graph: Graph, call: Call) -> Graph:

@@ -7,14 +7,18 @@ from typing import Any
 from torch import nn
 
 from sparsetwin.errors import UsageError
+from sparsetwin.kernels import Target
 from sparsetwin.runtime._calls import Call
 from sparsetwin.runtime._choices import Prefer
 from sparsetwin.runtime._contest import Contest
-from sparsetwin.runtime._entries import Entry, Made, make_programs, with_program
+from sparsetwin.runtime._entries import HALF, Entry, Made, make_programs, near_float32, with_program
 from sparsetwin.runtime._graph import Graph
+from sparsetwin.runtime._half import Half, exponents_for, largest_values
+from sparsetwin.runtime._half_programs import HalfPrograms, half_programs
 from sparsetwin.runtime._machine import kernels_run, machine
 from sparsetwin.runtime._network import Network
 from sparsetwin.runtime._plan import Plan
+from sparsetwin.runtime._reduced import DensePlanes, dense_planes, notes_of
 from sparsetwin.runtime._rivals import Runner, eager_runner
 from sparsetwin.runtime._swapped import swapped_linears
 
@@ -29,6 +33,7 @@ class Planner:
     rivals: tuple[str, ...]
     prefer: Prefer = "time"
     calibration: tuple[Call, ...] = ()
+    half: Target | None = None  # with float16 arithmetic, if that is allowed and there is one
     layers: nn.Module | None = None  # the model with sparse linears in place; made when first needed
 
     @property
@@ -70,10 +75,18 @@ class Planner:
         """
         notes: list[str] = []
         graph = self._graph(call, notes)
-        choices = {} if like is None or like.program is None else like.program.choices
+        choices = {} if like is None or like.program is None else like.program.float32 or like.program.choices
         programs: dict[str, Made] = {}
+        halves = HalfPrograms()
         if graph is not None:
-            programs = make_programs(graph, choices, threads=self.threads, dense=self.dense, prefer=self.prefer)
+            bfloat16 = dense_planes(allowed=self.reduced)
+            programs = make_programs(
+                graph, choices, threads=self.threads, dense=self.dense, prefer=self.prefer, bfloat16=bfloat16
+            )
+            programs = near_float32(programs, call, bfloat16)
+            halves = self._halves(graph, call, next(iter(programs.values())), like, bfloat16)
+            programs |= halves.made
+            notes += [*notes_of(bfloat16, allowed=self.reduced), *halves.notes]
         contest = Contest(self, call, graph, quick=like is not None)
         seconds = contest.seconds({name: found.run for name, found in programs.items()})
         fastest = min(seconds, key=seconds.__getitem__)
@@ -83,11 +96,32 @@ class Planner:
             inputs=call.describe(),
             engine=fastest,
             candidates=seconds,
-            skipped=contest.skipped,
+            skipped={**halves.skipped, **contest.skipped},
             notes=(*notes, *contest.notes),
         )
         entry = Entry(call=call.without_numbers(), run=contest.runners[fastest], plan=plan)
         return entry if graph is None else with_program(entry, graph, programs, seconds)
+
+    def _halves(
+        self, graph: Graph, call: Call, float32: Made, like: Entry | None, bfloat16: DensePlanes | None
+    ) -> HalfPrograms:
+        """Return float16 programs: measured, or like that of another shape if it was the fastest."""
+        if self.half is None:
+            return HalfPrograms()
+        if self.prefer == "memory":
+            return HalfPrograms(skipped={HALF: "float16 weights would come on top of those that are kept narrow"})
+        examples = [call.leaves, *(batch.leaves for batch in self.calibration if batch.key == call.key)]
+        choices = None
+        if like is not None:
+            if like.program is None or like.program.packed.half is None:
+                return HalfPrograms()
+            half, choices = like.program.packed.half, like.program.choices
+        else:
+            calibration = (batch.leaves for batch in self.calibration)
+            half = Half(target=self.half, exponents=exponents_for(graph, largest_values(graph, calibration)))
+        return half_programs(
+            graph, float32, half, threads=self.threads, examples=examples, choices=choices, bfloat16=bfloat16
+        )
 
     def _graph(self, call: Call, notes: list[str]) -> Graph | None:
         """Return the fused graph of a call, or None with a note that tells why there is none."""

@@ -2,33 +2,39 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import PlaneWindow, Pool, SparseConvolution
+from sparsetwin.kernels import DenseConvolution, Panels, PlaneLayout, Pool, SparseConvolution
 from sparsetwin.runtime._graph import Graph, Node, Ref, Torch, filled
+from sparsetwin.runtime._half import Half
 from sparsetwin.runtime._layouts import lay_out
-from sparsetwin.runtime._lowering import Form, lower
+from sparsetwin.runtime._lowering import Form, Lowered, lower
 from sparsetwin.runtime._memory import Memory, Part, Segment, plan_memory
 from sparsetwin.runtime._plain import torch_function
-from sparsetwin.runtime._segments import Bound, bind_all
+from sparsetwin.runtime._segments import Bound, PlaneKernel, bind_all, panel_bytes
 from sparsetwin.runtime._serial import is_small, serial
-from sparsetwin.runtime._steps import Pool as PoolStep
+from sparsetwin.runtime._sheets import Sheet
 from sparsetwin.runtime._steps import (
+    Mean,
+    Pack,
     Product,
     Step,
     TensorStep,
+    Unpack,
     sheets_read,
     sheets_written,
     values_read,
     values_written,
 )
+from sparsetwin.runtime._steps import Pool as PoolStep
 from sparsetwin.runtime._tensors import Tensors, plan_tensors
 
 Function = Callable[..., Any]
-Maker = Callable[[Product, Any, Any], SparseConvolution]
+Maker = Callable[[Product, Any, Any], SparseConvolution | DenseConvolution]
 
 
 class Program:
@@ -40,6 +46,7 @@ class Program:
         product: Makes the kernel of a step for two layouts.
         function: Returns what runs a node on tensors; not asked for `Torch` operations.
         threads: Of the kernels; images are shared among them, or the work of one image.
+        half: How planes are float16; float32 if None.
     """
 
     def __init__(
@@ -50,13 +57,15 @@ class Program:
         product: Maker,
         function: Callable[[Any], Function],
         threads: int = 1,
+        half: Half | None = None,
     ) -> None:
         self.graph, self.threads = graph, threads
         lowered = lower(graph, forms)
-        self.sheets, self.layouts = lowered.sheets, lay_out(lowered)
+        self.sheets = lowered.sheets if half is None else _scaled(lowered, half.factors())
+        self.layouts = lay_out(lowered, torch.float32 if half is None else torch.float16)
         self.parts = _parts(lowered.steps, self.sheets)
         self.memory: Memory = plan_memory(self.parts, self.layouts)
-        self.kernels: dict[Step, SparseConvolution | PlaneWindow] = {}
+        self.kernels: dict[Step, PlaneKernel] = {}
         self.functions: dict[int, Function] = {}
         self.torch: dict[int, Callable[[Mapping[int, Any]], Any]] = {}
         for step in lowered.steps:
@@ -68,6 +77,7 @@ class Program:
                 self.torch[step.node.output] = self._shared(step.node, torch_function(step.node.operation))
             elif isinstance(step, TensorStep):
                 self.functions[step.node.output] = self._shared(step.node, function(step.node))
+        self.panel_bytes = panel_bytes(self.kernels.values())
         self.pool = Pool(threads) if threads > 1 else None
         self._free: deque[Workspace] = deque()  # append and pop are atomic
         self._dropped = _last_uses(self.parts, graph)
@@ -92,8 +102,8 @@ class Program:
         """Return the size of one workspace."""
         images = {sheet: self.sheets[sheet].images for sheet in self.memory.whole}
         tensors = sum(4 * torch.Size(buffer.shape).numel() for buffer in self.tensors.buffers)
-        whole = sum(4 * self.layouts[sheet].elements * count for sheet, count in images.items())
-        return tensors + whole + sum(4 * layout.elements for layout in self.memory.buffers)
+        whole = sum(_size(self.layouts[sheet]) * count for sheet, count in images.items())
+        return tensors + whole + self.panel_bytes + sum(_size(layout) for layout in self.memory.buffers)
 
 
 class Workspace:
@@ -106,6 +116,7 @@ class Workspace:
         }
         self._tensors = [buffer.empty() for buffer in program.tensors.buffers]
         self._slots: list[list[Tensor]] = []
+        self._panels: list[Panels] = []
         self._bound: dict[tuple[int, int, int, bool], list[Bound]] = {}
         self._written = [
             [value for step in part.steps for value in values_written(step)] if isinstance(part, Segment) else []
@@ -168,6 +179,7 @@ class Workspace:
             program = self.program
             while len(self._slots) <= slot:
                 self._slots.append([layout.empty(1) for layout in program.memory.buffers])
+                self._panels.append(Panels(program.panel_bytes))
 
             def planes(sheet: int) -> Tensor:
                 if sheet in program.memory.whole:
@@ -180,10 +192,26 @@ class Workspace:
                 layouts=program.layouts,
                 planes=planes,
                 kernels=program.kernels,
+                panels=self._panels[slot],
                 threads=program.threads,
                 pool=program.pool if shared else None,
             )
         return self._bound[key]
+
+
+def _size(layout: PlaneLayout) -> int:
+    return layout.elements * layout.dtype.itemsize
+
+
+def _scaled(lowered: Lowered, factors: Mapping[int, float]) -> dict[int, Sheet]:
+    """Return sheets that know their factor where tensors go in or come out."""
+    sheets = dict(lowered.sheets)
+    for step in lowered.steps:
+        if isinstance(step, Pack | Unpack):
+            sheets[step.sheet] = replace(sheets[step.sheet], factor=factors.get(step.value, 1.0))
+        elif isinstance(step, Mean):
+            sheets[step.source] = replace(sheets[step.source], factor=factors.get(step.node.inputs[0], 1.0))
+    return sheets
 
 
 def _images(work: list[tuple[int, list[Bound]]], values: dict[int, Any]) -> Callable[[], None]:

@@ -1,12 +1,21 @@
 """Steps on planes bound to memory: functions of the tensors of a call and the number of an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetwin.kernels import Chain, KernelPiece, PlaneLayout, PlaneWindow, Pool, SparseConvolution
+from sparsetwin.kernels import (
+    Chain,
+    DenseConvolution,
+    KernelPiece,
+    Panels,
+    PlaneLayout,
+    PlaneWindow,
+    Pool,
+    SparseConvolution,
+)
 from sparsetwin.runtime._serial import serial
 from sparsetwin.runtime._sheets import Sheet, pack_image, pixels, unpack_image
 from sparsetwin.runtime._steps import Mean, Pack, Product, Step, Unpack, sheets_read, sheets_written
@@ -14,7 +23,7 @@ from sparsetwin.runtime._steps import Pool as PoolStep
 
 Bound = Callable[[dict[int, Any], int], None]
 Planes = Callable[[int], Tensor]
-PlaneKernel = SparseConvolution | PlaneWindow
+PlaneKernel = SparseConvolution | DenseConvolution | PlaneWindow
 
 
 def bind_all(
@@ -24,6 +33,7 @@ def bind_all(
     layouts: Mapping[int, PlaneLayout],
     planes: Planes,
     kernels: Mapping[Step, PlaneKernel],
+    panels: Panels,
     threads: int,
     pool: Pool | None,
 ) -> list[Bound]:
@@ -35,6 +45,8 @@ def bind_all(
         layouts: How it lies.
         planes: Returns a sheet's memory, (1, elements), which stays where it is.
         kernels: Those of the steps that have one.
+        panels: For dense kernels among them, as large as `panel_bytes` says. They must outlive what is returned, and
+            serve one call at a time.
         threads: That run kernels at once, on this image or others.
         pool: Threads that share the kernels' work; the caller's alone if None.
     """
@@ -43,8 +55,7 @@ def bind_all(
 
     def flush() -> None:
         if waiting:
-            work = [(step, _pieces(step, kernels[step], planes, pool)) for step in waiting]
-            found.append(_run(work, planes, pool))
+            found.append(_run([(step, kernels[step]) for step in waiting], planes, panels, pool))
             waiting.clear()
 
     for step in steps:
@@ -70,20 +81,34 @@ def _bind(step: Step, *, sheets: Mapping[int, Sheet], layouts: Mapping[int, Plan
     raise AssertionError(f"{step} has no kernel and does not work on planes")
 
 
-def _pieces(step: Step, kernel: PlaneKernel, planes: Planes, pool: Pool | None) -> list[KernelPiece]:
+def panel_bytes(kernels: Iterable[PlaneKernel]) -> int:
+    """Return the size of panels that suits all dense kernels."""
+    return max((kernel.panel_bytes for kernel in kernels if isinstance(kernel, DenseConvolution)), default=0)
+
+
+def _pieces(
+    step: Step, kernel: PlaneKernel, planes: Planes, pool: Pool | None, panels: tuple[Panels, int]
+) -> list[KernelPiece]:
     threads = pool.threads if pool else 1
     if isinstance(kernel, PlaneWindow):
         assert isinstance(step, PoolStep)
         return kernel.bound(planes(step.source), out=planes(step.sheet), threads=threads)
     assert isinstance(step, Product)
     residual = None if step.residual is None else planes(step.residual)
-    return kernel.bound(planes(step.source), residual=residual, out=planes(step.sheet), threads=threads)
+    source, out = planes(step.source), planes(step.sheet)
+    if isinstance(kernel, DenseConvolution):
+        memory, first = panels
+        return kernel.bound(source, residual=residual, out=out, panels=memory, first_part=first, threads=threads)
+    return kernel.bound(source, residual=residual, out=out, threads=threads)
 
 
-def _run(work: Sequence[tuple[Step, list[KernelPiece]]], planes: Planes, pool: Pool | None) -> Bound:
+def _run(work: Sequence[tuple[Step, PlaneKernel]], planes: Planes, panels: Panels, pool: Pool | None) -> Bound:
     ranks = _ranks([step for step, _ in work], planes) if pool is not None else list(range(len(work)))
     kernels: list[list[KernelPiece]] = [[] for _ in range(max(ranks) + 1)]
-    for rank, (_, pieces) in zip(ranks, work, strict=True):
+    parts = [0] * len(kernels)  # of the panels: kernels of one rank may run at once, others not
+    for rank, (step, kernel) in zip(ranks, work, strict=True):
+        pieces = _pieces(step, kernel, planes, pool, (panels, parts[rank]))
+        parts[rank] += len(pieces) if isinstance(kernel, DenseConvolution) else 0
         kernels[rank] += pieces
     chain = Chain(kernels)
 
@@ -136,11 +161,11 @@ def _mean(value: int, sheet: Sheet, layout: PlaneLayout, planes: Tensor) -> Boun
     """Sum whole planes: what lies between the pixels is zero."""
     rows = planes.view(-1)[: layout.channels * layout.plane].view(layout.channels, layout.plane)
     rows = rows[:, layout.lead : layout.lead + layout.height * layout.pitch]
-    count = sheet.height * sheet.width
+    count = sheet.height * sheet.width * sheet.factor
 
     def run(values: dict[int, Any], image: int) -> None:
         out = values[value].view(sheet.images, sheet.channels)[image]
-        torch.sum(rows, 1, out=out)
+        torch.sum(rows, 1, dtype=out.dtype, out=out)
         out.div_(count)
 
     return run

@@ -1,6 +1,6 @@
 """How values lie in planes: images as they are, tokens as images one row high, a chunk of tokens each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -22,6 +22,7 @@ class Sheet:
     width: int
     phases: Pair = (1, 1)
     tokens: int | None = None  # in all images together; None for images of pixels
+    factor: float = field(default=1.0, compare=False, repr=False)  # a tensor's numbers are multiplied with it here
 
     def taken(self, image: int) -> int:
         """Return how many tokens an image holds; the last may hold fewer."""
@@ -57,11 +58,13 @@ def pixels(layout: PlaneLayout, planes: Tensor) -> Tensor:
 def pack_image(sheet: Sheet, value: Tensor, image: int, view: Tensor) -> None:
     """Copy what one image holds of a tensor into its pixels, as `pixels` returned them."""
     if sheet.tokens is None:
-        view.copy_(value[image])
+        found = value[image]
+        view.copy_(found if sheet.factor == 1 else found * sheet.factor)
         return
     rows, across = _rows(sheet, value, image), view[:, 0, : sheet.taken(image)]
+    rows = rows if sheet.factor == 1 else rows * sheet.factor
     if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
-        _transpose()(rows, out=across)
+        _transpose(rows.dtype, across.dtype)(rows, out=across)
     else:
         across.copy_(rows.t())
 
@@ -69,9 +72,12 @@ def pack_image(sheet: Sheet, value: Tensor, image: int, view: Tensor) -> None:
 def unpack_image(sheet: Sheet, view: Tensor, value: Tensor, image: int) -> None:
     """Copy an image's pixels into its part of a tensor, which is contiguous for tokens."""
     if sheet.tokens is None:
-        value[image].copy_(view)
+        rows = value[image].copy_(view)
     else:
-        _transpose()(view[:, 0, : sheet.taken(image)], out=_rows(sheet, value, image))
+        rows = _rows(sheet, value, image)
+        _transpose(view.dtype, rows.dtype)(view[:, 0, : sheet.taken(image)], out=rows)
+    if sheet.factor != 1:
+        rows.mul_(1 / sheet.factor)
 
 
 def _rows(sheet: Sheet, value: Tensor, image: int) -> Tensor:
@@ -81,5 +87,5 @@ def _rows(sheet: Sheet, value: Tensor, image: int) -> Tensor:
 
 
 @cache
-def _transpose() -> Transpose:
-    return Transpose()
+def _transpose(source: torch.dtype, destination: torch.dtype) -> Transpose:
+    return Transpose(source=source, destination=destination)
