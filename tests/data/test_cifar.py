@@ -112,6 +112,8 @@ def test_a_download_reads_as_the_shards_do(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # both may have been imported before
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     local = loader(Cifar10(hub=str(folder), cache=folder / "cache"), None)()
     assert samples_of(local.test.epoch(0)) == samples_of(load(folder).test.epoch(0))
     with pytest.raises(DataError, match=r"the download of nobody/nothing stopped .*can be repeated"):

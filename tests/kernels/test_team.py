@@ -304,8 +304,8 @@ expected = kept[6].clone()
 interrupted = 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 for number in range(150):
-    signal.setitimer(signal.ITIMER_REAL, 1e-4 + 2e-5 * number)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + 2e-5 * number)
         while True:
             chain.run(pool)
     except KeyboardInterrupt:
