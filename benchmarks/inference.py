@@ -10,7 +10,8 @@ numbers with a deviation of fan-in^-0.35, one threshold for all layers keeps the
 convolution, the classifier and the embeddings stay dense (``--masks uniform``: about the same share of each layer).
 Batch norms get statistics that are not trivial. Random weights take the same time as trained ones with equal masks.
 
-Contestants take turns, round after round, and medians are compared: on a shared machine the ratios mean more than the
+Contestants take turns, round after round, and each round gives a quotient of two of them; the median of these is how
+often faster one is. On a shared machine, which is slow for a while and fast again, it means more than the
 milliseconds. With one thread the clock is the process's own processor time, since a long call is interrupted by other
 processes more often than a short one; with more it is the wall. Dense engines do not see the sparsity: they run once,
 with the weights of the first. All results are checked against float64 before they are timed: fp32 engines to 1e-4.
@@ -209,7 +210,7 @@ def timed(run: Run, settings: Settings) -> Timer:
 
 
 def race(contestants: dict[str, Timer], settings: Settings) -> dict[str, list[float]]:
-    """Return every contestant's seconds, sorted; they take turns, in reversed order every other round."""
+    """Return every contestant's seconds, round by round; they take turns, in reversed order every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(-1, settings.rounds):
@@ -218,7 +219,7 @@ def race(contestants: dict[str, Timer], settings: Settings) -> dict[str, list[fl
             if number >= 0:
                 seconds[name].append(found)
         names.reverse()
-    return {name: sorted(found) for name, found in seconds.items()}
+    return seconds
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -251,29 +252,35 @@ def write(report: dict[str, Any], settings: Settings) -> None:
         settings.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def rival_medians(name: str, medians: dict[str, float]) -> dict[str, float]:
-    """Return the medians of what a contestant is compared with: dense engines, and DeepSparse on the same network."""
+def rivals_of(name: str, seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the seconds of what a contestant is compared with: dense engines, and DeepSparse on the same network."""
     mine = name.rsplit(" ", 1)[-1]
     return {
-        other.removesuffix(f" {mine}"): median
-        for other, median in medians.items()
+        other.removesuffix(f" {mine}"): found
+        for other, found in seconds.items()
         if "%" not in other or ("DeepSparse" in other and other.endswith(f" {mine}"))
     }
 
 
+def quartiles(rivals: list[float], mine: list[float]) -> list[float]:
+    """Return the median and the quartiles of the rounds' quotients."""
+    quotients = [other / own for other, own in zip(rivals, mine, strict=True)]
+    low, median, high = statistics.quantiles(quotients, n=4, method="inclusive")
+    return [round(number, 3) for number in (median, low, high)]
+
+
 def show(seconds: dict[str, list[float]], errors: dict[str, float], report: dict[str, Any]) -> None:
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
     for name, found in seconds.items():
-        rivals = rival_medians(name, medians)
-        ratios = {other: median / medians[name] for other, median in rivals.items()}
-        cells = "  ".join(f"{ratio:.2f} x {other}" for other, ratio in ratios.items() if other not in name)
-        print(f"{name:<28}{1e3 * medians[name]:>9.2f} ms {1e3 * found[0]:>9.2f} to {1e3 * found[-1]:.2f}  {cells}")
+        faster = {other: quartiles(theirs, found) for other, theirs in rivals_of(name, seconds).items()}
+        cells = "  ".join(f"{ratio:.2f} x {other}" for other, (ratio, *_) in faster.items() if other not in name)
+        median, least, most = (1e3 * of(found) for of in (statistics.median, min, max))
+        print(f"{name:<28}{median:>9.2f} ms {least:>9.2f} to {most:.2f}  {cells}")
         report["results"][name] = {
-            "median_ms": round(1e3 * medians[name], 3),
-            "min_ms": round(1e3 * found[0], 3),
-            "max_ms": round(1e3 * found[-1], 3),
+            "median_ms": round(median, 3),
+            "rounds_ms": [round(1e3 * one, 3) for one in found],
             "relative_error": errors.get(name),
-            "times_faster_than": {other: round(ratio, 3) for other, ratio in ratios.items()},
+            "times_faster_than": {other: ratios[0] for other, ratios in faster.items()},
+            "quartiles": {other: ratios[1:] for other, ratios in faster.items()},
         }
 
 
