@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_network import PRUNED, batch, loss_of, network
 from torch import nn
 
 import sparsetwin as st
@@ -11,28 +12,10 @@ from sparsetwin.data.digits import Digits
 from sparsetwin.errors import ConfigError, ScheduleError, SelectionError, UsageError
 
 DENSE = st.schedules.constant(sparsity=0.0, total_steps=8)
-PRUNED = ("0.weight", "4.weight", "6.weight")
 OPTIMIZERS = {
     "sgd": lambda parameters, **options: torch.optim.SGD(parameters, lr=0.125, momentum=0.9, **options),
     "adamw": lambda parameters, **options: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, **options),
 }
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 4)
-    )
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(6, 1, 6, 6, generator=generator), torch.randint(4, (6,), generator=generator)
-
-
-def loss_of(model: nn.Module, step: int) -> torch.Tensor:
-    inputs, labels = batch(step)
-    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 class Trial:
