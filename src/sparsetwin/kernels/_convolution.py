@@ -77,10 +77,10 @@ class SparseConvolution:
             check_float32(bias, "the bias")
             bias = bias.detach().contiguous()
         self._residual = residual
-        self._keep = _columns_kept(geometry, self.source)
+        self._keep = columns_kept(geometry, self.source)
         self._product = tiled_product(
             self.matrix if element == "float32" else self.matrix.in_half(),
-            self.matrix.offsets(*_offsets(geometry, self.source)),
+            self.matrix.offsets(*tap_offsets(geometry, self.source)),
             columns=columns,
             target=chosen,
             vectors=width,
@@ -128,18 +128,9 @@ class SparseConvolution:
         Raises:
             ConfigError: As for a call.
         """
-        images = planes.shape[0]
-        self.source.check(planes, "planes", images)
-        self.destination.check(out, "out", images)
-        if (residual is not None) != self._residual:
-            raise ConfigError(f"residual={'given' if residual is not None else None}; made with {self._residual}")
-        if residual is not None:
-            self.destination.check(residual, "residual", images)
-        for other in (planes, residual):
-            if other is not None and overlap(out, other):
-                raise ConfigError(
-                    "out shares memory with an input; partial sums in it would overwrite what is still read"
-                )
+        images = check_call(
+            planes, residual, out, source=self.source, destination=self.destination, with_residual=self._residual
+        )
         pieces: list[KernelPiece] = []
         size = self.source.dtype.itemsize
         lead, pitch = size * self.destination.lead, size * self.destination.plane
@@ -221,7 +212,33 @@ def _matrix(
     return packed(weight, channels * taps, narrow=tiling.narrow)
 
 
-def _offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor, Tensor]:
+def check_call(
+    planes: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    source: PlaneLayout,
+    destination: PlaneLayout,
+    with_residual: bool,
+) -> int:
+    """Refuse what is not a convolution's call; return its number of images.
+
+    Raises:
+        ConfigError: If a tensor's shape, dtype or layout is another one, or ``out`` is an input.
+    """
+    images = planes.shape[0]
+    source.check(planes, "planes", images)
+    destination.check(out, "out", images)
+    if (residual is not None) != with_residual:
+        raise ConfigError(f"residual={'given' if residual is not None else None}; made with {with_residual}")
+    if residual is not None:
+        destination.check(residual, "residual", images)
+    if any(other is not None and overlap(out, other) for other in (planes, residual)):
+        raise ConfigError("out shares memory with an input; partial sums in it would overwrite what is still read")
+    return images
+
+
+def tap_offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor, Tensor]:
     """Return where each column of the weight and each group of rows begins to read, in bytes."""
     taps = []
     for row in range(geometry.kernel[0]):
@@ -237,7 +254,7 @@ def _offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Tensor
     return size * columns.reshape(-1), size * group * per_group * channel
 
 
-def _columns_kept(geometry: ConvolutionGeometry, source: PlaneLayout) -> Tensor:
+def columns_kept(geometry: ConvolutionGeometry, source: PlaneLayout) -> Tensor:
     """Return integers of the planes' size, all ones where a column of the product is a pixel of the result, else 0."""
     height, width = geometry.out_size
     pitch = source.pitch

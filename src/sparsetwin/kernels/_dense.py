@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._blocks import check_float32
 from sparsetwin.kernels._cache import Kernel, kernel
-from sparsetwin.kernels._convolution import _columns_kept, _offsets
+from sparsetwin.kernels._convolution import check_call, columns_kept, tap_offsets
 from sparsetwin.kernels._dense_ir import DEPTH, DenseArgument, DenseSpecification, block_shape
 from sparsetwin.kernels._dot import Dot, host_dot
 from sparsetwin.kernels._dot_ir import SIDE
@@ -19,7 +19,7 @@ from sparsetwin.kernels._geometry import ConvolutionGeometry, convolution_limits
 from sparsetwin.kernels._launch import Epilogue, Tiling, run_pieces
 from sparsetwin.kernels._planes import PlaneLayout
 from sparsetwin.kernels._pool import Pool
-from sparsetwin.kernels._product import overlap, padded_pitch
+from sparsetwin.kernels._product import padded_pitch
 from sparsetwin.kernels._specification import Activation, element_format
 from sparsetwin.kernels._team import KernelPiece
 
@@ -132,8 +132,8 @@ class DenseConvolution:
         self._block = _block_depth(self.weight.depth, None if tiling.block is None else tiling.block * taps)
         self._columns = geometry.written(self.source.pitch, dtype)
         self._tile = _tile_columns(self._columns, tiling.vectors)
-        self._keep = _columns_kept(geometry, self.source)
-        offsets, _ = _offsets(geometry, self.source)
+        self._keep = columns_kept(geometry, self.source)
+        offsets, _ = tap_offsets(geometry, self.source)
         self._offsets = offsets.contiguous()
         self._kernel: Kernel = kernel(
             DenseSpecification(
@@ -202,8 +202,8 @@ class DenseConvolution:
         Raises:
             ConfigError: As for a call, or if the panels are too small.
         """
-        images = planes.shape[0]
-        self._check(planes, residual, out)
+        made = self.epilogue.residual
+        images = check_call(planes, residual, out, source=self.source, destination=self.destination, with_residual=made)
         if panels.byte_count < self.panel_bytes:
             raise ConfigError(f"panels have {panels.byte_count} bytes a part; expected at least {self.panel_bytes}")
         several = threads > 1
@@ -259,18 +259,6 @@ class DenseConvolution:
             for first, stop in pairwise(group_ends)
             for top, bottom in pairwise(row_ends)
         ]
-
-    def _check(self, planes: Tensor, residual: Tensor | None, out: Tensor) -> None:
-        images = planes.shape[0]
-        self.source.check(planes, "planes", images)
-        self.destination.check(out, "out", images)
-        if (residual is not None) != self.epilogue.residual:
-            made = self.epilogue.residual
-            raise ConfigError(f"residual={'given' if residual is not None else None}; made with {made}")
-        if residual is not None:
-            self.destination.check(residual, "residual", images)
-        if any(other is not None and overlap(out, other) for other in (planes, residual)):
-            raise ConfigError("out shares memory with an input; results in it would overwrite what is still read")
 
     def _table(
         self, planes: Tensor, residual: Tensor | None, out: Tensor, image: int

@@ -122,10 +122,10 @@ class _Dense:
             e.loop(e.int64(0), tiles) as tile,
         ):
             column = e.b.add(first_column, e.b.mul(tile, width))
-            count = self._least(width, e.b.sub(stop_column, column))
+            count = e.least(width, e.b.sub(stop_column, column))
             with e.loop(e.int64(0), blocks) as block:
                 begin = e.b.mul(block, table[DenseArgument.BLOCK_DEPTH])
-                end = self._least(e.b.add(begin, table[DenseArgument.BLOCK_DEPTH]), depth)
+                end = e.least(e.b.add(begin, table[DenseArgument.BLOCK_DEPTH]), depth)
                 along = self._parts(e.b.sub(end, begin), e.int64(DEPTH))
                 self._pack(group, column, count, begin, end, along)
                 fresh, last = e.b.icmp_signed("==", begin, e.int64(0)), e.b.icmp_signed("==", end, depth)
@@ -133,7 +133,7 @@ class _Dense:
                     passed = e.b.sdiv(e.b.sub(row, first_row), e.int64(SIDE * self.block.rows))
                     sums = e.address(table[DenseArgument.SUMS], e.b.mul(passed, table[DenseArgument.SUMS_STEP]))
                     self._sum(group, row, count, begin, along, sums, fresh)
-                    stop = self._least(e.b.add(row, e.int64(SIDE * self.block.rows)), stop_row)
+                    stop = e.least(e.b.add(row, e.int64(SIDE * self.block.rows)), stop_row)
                     e.either(
                         last,
                         lambda: self._finish(group, row, stop, column, count, sums),
@@ -145,9 +145,6 @@ class _Dense:
 
     def _parts(self, length: Any, part: Any) -> Any:
         return self.e.b.sdiv(self.e.b.add(length, self.e.b.sub(part, self.e.int64(1))), part)
-
-    def _least(self, a: Any, b: Any) -> Any:
-        return self.e.b.select(self.e.b.icmp_signed("<", a, b), a, b)
 
     def _pack(self, group: Any, column: Any, count: Any, begin: Any, end: Any, along: Any) -> None:
         """Fill the panel: pairs of rows, one row without its pair, and zeros up to whole tiles."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from sparsetwin.kernels._emitter import LINE_BYTES, Emitter
+from sparsetwin.kernels._emitter import Emitter
+from sparsetwin.kernels._specification import LINE_BYTES
 
 SIDE = 16  # rows, pairs and columns of a tile
 TILE_BYTES = SIDE * LINE_BYTES
@@ -178,7 +179,7 @@ class AmxTiles(Tiles):
     def configure(self) -> None:
         """Load the configuration: palette 1, eight tiles of 16 rows and 64 bytes a row."""
         e = self.e
-        memory = reserved(e, LINE_BYTES)
+        memory = e.reserved(LINE_BYTES)
         widths, heights = 0x0040_0040_0040_0040, 0x1010_1010_1010_1010
         for place, word in enumerate((1, 0, widths, widths, 0, 0, heights, 0)):
             e.b.store(e.int64(word), e.address(memory, e.int64(8 * place)), align=8)
@@ -219,7 +220,7 @@ class EmulatedTiles(Tiles):
     def configure(self) -> None:
         """Reserve memory, full of NaN: what is read must have been written."""
         e = self.e
-        self.memory = [reserved(e, TILE_BYTES) for _ in range(8)]
+        self.memory = [e.reserved(TILE_BYTES) for _ in range(8)]
         for tile in range(8):
             self._fill(tile, e.splat(-1))
 
@@ -296,14 +297,6 @@ def paired(e: Emitter, first: Any, second: Any, *, instruction: bool) -> Any:
 
     low = e.b.lshr(rounded(first), e.splat(16))
     return e.b.or_(low, e.b.and_(rounded(second), e.splat(_HIGH)))
-
-
-def reserved(e: Emitter, byte_count: int) -> Any:
-    """Return the address of memory in the stack frame, at a cache line; to be called in the function's first block."""
-    memory = e.b.alloca(e.ir.ArrayType(e.i8, byte_count))
-    memory.align = LINE_BYTES
-    memory.type = e.pointer  # llvmlite's own is typed, which LLVM does not know any more
-    return memory
 
 
 def bfloat(e: Emitter) -> Any:

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsetwin.kernels._llvm import llvm_ir
-from sparsetwin.kernels._specification import ELEMENT_BYTES, Activation, Element, ValueFormat
+from sparsetwin.kernels._specification import ELEMENT_BYTES, LINE_BYTES, Activation, Element, ValueFormat
 
 FUNCTION = "kernel"
-LINE_BYTES = 64  # of a cache line
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of a float32
 
 
@@ -163,6 +162,12 @@ class Emitter:
     def narrowed(self, vector: Any) -> Any:
         """Return a vector, float32 or of elements, as elements."""
         return vector if vector.type == self.elements else self.b.fptrunc(vector, self.elements)
+
+    def reserved(self, byte_count: int) -> Any:
+        """Return the address of memory in the stack frame, at a cache line; to be asked for in the first block."""
+        memory = self.b.alloca(self.ir.ArrayType(self.i8, byte_count))
+        memory.align, memory.type = LINE_BYTES, self.pointer  # llvmlite's own type names what it points to
+        return memory
 
     # loops
 

@@ -6,7 +6,7 @@ import torch
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._planes import PlaneLayout, make_layout
-from sparsetwin.kernels._product import LINE_BYTES
+from sparsetwin.kernels._specification import LINE_BYTES
 
 Pair = tuple[int, int]
 _REACH = 2**31 - 1  # bytes that 32-bit offsets span

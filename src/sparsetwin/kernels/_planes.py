@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._blocks import check_dense, check_float32
-from sparsetwin.kernels._product import LINE_BYTES
+from sparsetwin.kernels._specification import LINE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

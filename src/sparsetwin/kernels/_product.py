@@ -10,16 +10,13 @@ from sparsetwin.kernels._blocks import CSRBlocks, check_dense, check_float32, de
 from sparsetwin.kernels._kept import KeptWeight
 from sparsetwin.kernels._launch import Addresses, Epilogue, Tiling, default_vectors, tiled_product
 from sparsetwin.kernels._pool import Pool
-from sparsetwin.kernels._specification import ELEMENT_BYTES, Activation, Element, element_format
+from sparsetwin.kernels._specification import ELEMENT_BYTES, LINE_BYTES, Activation, Element, element_format
 from sparsetwin.kernels._target import Target, checked_target
 
-LINE = 16  # float32 numbers a cache line
-LINE_BYTES = 64
 _PANEL_BYTES = 32 * 1024  # of activations that one block of a matrix works on: a first-level cache
-_ROW_WEIGHTS: dict[Element, int] = {  # that a row should have in a block: each row of a block costs a load and a
-    "float32": 8,  # store of its sums, and
-    "float16": 32,  # these are twice as wide, and converted
-}
+# weights that a row should have in a block: each row of a block costs a load and a store of its sums, which for float16
+# are twice as wide, and converted
+_ROW_WEIGHTS: dict[Element, int] = {"float32": 8, "float16": 32}
 
 
 def padded_pitch(columns: int, dtype: torch.dtype = torch.float32) -> int:

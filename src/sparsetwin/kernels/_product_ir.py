@@ -14,7 +14,7 @@ from collections.abc import Callable
 from enum import IntEnum, auto
 from typing import Any
 
-from sparsetwin.kernels._emitter import LINE_BYTES, Emitter
+from sparsetwin.kernels._emitter import Emitter
 from sparsetwin.kernels._specification import VALUE_BYTES, ProductSpecification
 
 _UNROLL = 4  # weights a round of the inner loop
@@ -194,9 +194,7 @@ class _Product:
         """Return memory for the sums of some rows; every page of it is touched in order, as the system wants it."""
         e, spec = self.e, self.spec
         e.attributes.append('"probe-stack"="inline-asm"')
-        memory = e.b.alloca(e.ir.ArrayType(e.vector, spec.waiting_rows * spec.vectors))
-        memory.align, memory.type = LINE_BYTES, e.pointer  # llvmlite would give it the type of its contents
-        return memory
+        return e.reserved(4 * spec.lanes * spec.vectors * spec.waiting_rows)
 
     def _waiting_at(self, row: Any, vector: int) -> Any:
         place = self.e.b.mul(self.e.b.sub(row, self.waiting_from), self.e.int64(self.spec.vectors))

@@ -77,6 +77,7 @@ class ProductSpecification:
         return rows - rows % self.together
 
 
+LINE_BYTES = 64  # of a cache line
 ELEMENT_BYTES: dict[Element, int] = {"float32": 4, "float16": 2}
 VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _FORMATS: dict[torch.dtype, ValueFormat] = {

@@ -6,10 +6,8 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
-from sparsetwin.kernels._specification import ELEMENT_BYTES, Element
+from sparsetwin.kernels._specification import ELEMENT_BYTES, LINE_BYTES, Element
 from sparsetwin.kernels._target import Target
-
-_LINE = 64  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class _Transpose:
         """Write the loops and return the module."""
         e = self.e
         _, first, stop, _, _ = e.function.args
-        high = max(_LINE // self.sizes[TransposeArgument.OUTPUT], e.lanes)
+        high = max(LINE_BYTES // self.sizes[TransposeArgument.OUTPUT], e.lanes)
         middle = e.b.add(first, e.b.and_(e.b.sub(stop, first), e.int64(-high)))
         columns = self.arguments[TransposeArgument.COLUMNS]
         whole = e.b.and_(columns, e.int64(-e.lanes))

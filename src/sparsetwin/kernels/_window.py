@@ -9,8 +9,7 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._cache import Kernel, kernel
 from sparsetwin.kernels._planes import PlaneLayout
-from sparsetwin.kernels._product import LINE_BYTES
-from sparsetwin.kernels._specification import element_format, lanes_of
+from sparsetwin.kernels._specification import LINE_BYTES, element_format, lanes_of
 from sparsetwin.kernels._target import Target, checked_target
 from sparsetwin.kernels._team import KernelPiece
 from sparsetwin.kernels._window_ir import WindowArgument, WindowSpecification

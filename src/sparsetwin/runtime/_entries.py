@@ -1,7 +1,7 @@
 """Programs for one shape, and what is kept of them: the graph without packed weights, the choices, the plan."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,13 +112,17 @@ def near_float32(programs: Mapping[str, Made], call: Call, bfloat16: DensePlanes
     exact = next((made for made in programs.values() if not dense(made)), None)
     if bfloat16 is None or exact is None or not any(map(dense, programs.values())):
         return dict(programs)
-    expected = exact.program.run(call.leaves)
-    expected = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in expected]
+    expected = copied(exact.program.run(call.leaves))
     return {
         name: made
         for name, made in programs.items()
         if not dense(made) or bfloat16.is_near(name, made.program.run(call.leaves), expected)
     }
+
+
+def copied(results: Sequence[Any]) -> list[Any]:
+    """Return a program's results for keeping: they may lie in its memory."""
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in results]
 
 
 def on_one_thread(programs: Mapping[str, Made]) -> dict[str, Made]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetwin.kernels import Target, half_target, is_available
 from sparsetwin.runtime._graph import Graph, MaxPool, Node, Torch
-from sparsetwin.runtime._plain import apply, apply_torch
+from sparsetwin.runtime._plain import each_value
 
 _LARGEST = 5  # values are scaled to be less than 2 to this power: 2**11 times less than what overflows
 _CURVED = ("gelu", "gelu_tanh", "silu")
@@ -50,30 +50,11 @@ def half_target_if(*, allowed: bool) -> Target | None:
 def largest_values(graph: Graph, calls: Iterable[Sequence[Any]]) -> dict[int, float]:
     """Return the largest magnitude that each float value has in some calls, given by their leaves."""
     found: dict[int, float] = {}
-    last = {value: node.output for node in graph.nodes for value in node.inputs}
     for leaves in calls:
-        values: dict[int, Any] = {
-            value: leaf for value, leaf in zip(graph.inputs, leaves, strict=True) if value is not None
-        }
-        for value, tensor in values.items():
-            _note(found, value, tensor)
-        for node in graph.nodes:
-            operation = node.operation
-            if isinstance(operation, Torch):
-                values[node.output] = apply_torch(operation, values)
-            else:
-                values[node.output] = apply(operation, [values[value] for value in node.inputs])
-            _note(found, node.output, values[node.output])
-            for value in set(node.inputs):
-                if last[value] == node.output:
-                    del values[value]
-        del values
+        for value, tensor in each_value(graph, leaves):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                found[value] = max(found.get(value, 0.0), float(tensor.abs().max()))
     return found
-
-
-def _note(found: dict[int, float], value: int, tensor: Any) -> None:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-        found[value] = max(found.get(value, 0.0), float(tensor.abs().max()))
 
 
 def exponents_for(graph: Graph, largest: Mapping[int, float]) -> dict[int, int]:

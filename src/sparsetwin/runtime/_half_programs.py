@@ -1,6 +1,7 @@
 """The float16 program of a graph: as chosen where planes are float16, and near enough to float32 to take part."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from sparsetwin.errors import SparsetwinError
 from sparsetwin.runtime._choices import Choices, half_choices, without_dense_planes
-from sparsetwin.runtime._entries import HALF, HALF_MIXED, Made, fitting, make, on_one_thread
+from sparsetwin.runtime._entries import HALF, HALF_MIXED, Made, copied, fitting, make, on_one_thread
 from sparsetwin.runtime._graph import Graph
 from sparsetwin.runtime._half import Half
 from sparsetwin.runtime._products import Packed
-from sparsetwin.runtime._reduced import LARGEST_ERROR_OF_ALL, DensePlanes
+from sparsetwin.runtime._reduced import LARGEST_ERROR_OF_ALL, DensePlanes, largest_error
 
 MOST_ERROR = {HALF: 5e-3, HALF_MIXED: LARGEST_ERROR_OF_ALL}  # max|y - ref| / max|ref| of a whole network
 
@@ -55,6 +56,7 @@ def half_programs(
     else:
         mixed = {node.output: fitting(graph, node, choices[node.output]) for node in graph.nodes}
         alone = without_dense_planes(mixed)
+    expected = [copied(float32.program.run(leaves)) for leaves in examples]
     programs: dict[str, Made] = {}
     skipped: dict[str, str] = {}
     notes: list[str] = []
@@ -66,7 +68,7 @@ def half_programs(
             continue
         made = replace(make(graph, chosen, packed=packed, threads=threads), float32=float32.choices)
         try:
-            error = max(largest_error(made.program.run, float32.program.run, leaves) for leaves in examples)
+            error = max(_error(made.program.run(leaves), ref) for leaves, ref in zip(examples, expected, strict=True))
         except SparsetwinError as reason:
             skipped[name] = str(reason)
             continue
@@ -81,19 +83,7 @@ def half_programs(
     return HalfPrograms(made=programs, skipped=skipped, notes=tuple(notes))
 
 
-def largest_error(
-    run: Callable[[Sequence[Any]], list[Any]], reference: Callable[[Sequence[Any]], list[Any]], leaves: Sequence[Any]
-) -> float:
-    """Return max|y - ref| / max|ref| over the results of a call, the largest of all; infinite where one is not finite.
-
-    >>> largest_error(lambda x: [torch.tensor([1.0, 2.0])], lambda x: [torch.tensor([1.0, 2.5])], [])
-    0.2
-    """
-    errors = [0.0]
-    expected = [ref.clone() if isinstance(ref, Tensor) else ref for ref in reference(leaves)]
-    for y, ref in zip(run(leaves), expected, strict=True):
-        if not isinstance(ref, Tensor) or not ref.is_floating_point() or not ref.numel():
-            continue
-        difference = float((y.double() - ref.double()).abs().max() / ref.double().abs().max().clamp_min(1e-30))
-        errors.append(difference if difference < float("inf") else float("inf"))
-    return max(errors)
+def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return the largest relative error of a call's results; infinite where one is not finite."""
+    tensors = [y for y in (*found, *expected) if isinstance(y, Tensor) and y.is_floating_point()]
+    return largest_error(found, expected) if all(bool(y.isfinite().all()) for y in tensors) else math.inf

@@ -192,18 +192,19 @@ class FileSource:
         """Return the fastest program for a graph; bfloat16 is allowed again where it was measured in ``like``."""
         bfloat16 = None
         halves = HalfPrograms()
+        filled = replace(call, leaves=_random_leaves(call))
         if kernels_run():
             allowed = like is not None and any(choice.dot is not None for choice in like.values())
             bfloat16 = dense_planes(allowed=allowed)
             programs = make_programs(graph, choices, threads=self.threads, bfloat16=bfloat16)
+            programs = near_float32(programs, filled, bfloat16)
             if half is not None:
-                float32, example = next(iter(programs.values())), _random_leaves(call)
                 halves = half_programs(
                     graph,
-                    float32,
+                    next(iter(programs.values())),
                     half,
                     threads=self.threads,
-                    examples=[example],
+                    examples=[filled.leaves],
                     choices=half_choices,
                     bfloat16=bfloat16,
                 )
@@ -211,9 +212,6 @@ class FileSource:
         else:
             dense = {node.output: Choice(engine="dense") for node in graph.nodes}
             programs = {"dense graph": make(graph, dense, packed=Packed(), threads=self.threads)}
-        leaves = [torch.zeros_like(leaf, device="cpu") if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
-        filled = replace(call, leaves=leaves)
-        programs = near_float32(programs, filled, bfloat16)
         runners = {name: partial(made.run, filled) for name, made in programs.items()}
         seconds = race(runners, rounds=_ROUNDS, threads=self.threads)
         fastest = min(seconds, key=seconds.__getitem__)

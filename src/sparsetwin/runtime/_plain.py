@@ -1,6 +1,6 @@
 """Every operation of a graph in plain PyTorch: what kernels must equal, and what runs where they do not."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -126,13 +126,23 @@ def run_plain(graph: Graph, leaves: Sequence[Any]) -> list[Any]:
 @torch.no_grad()
 def values_of(graph: Graph, leaves: Sequence[Any]) -> dict[int, Any]:
     """Return every value of a graph for the leaves of a call."""
+    return dict(each_value(graph, leaves))
+
+
+def each_value(graph: Graph, leaves: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield every value of a graph and what it is for the leaves of a call; holds on to those that are still read."""
+    last = {value: node.output for node in graph.nodes for value in node.inputs}
     values: dict[int, Any] = {
         value: leaf for value, leaf in zip(graph.inputs, leaves, strict=True) if value is not None
     }
+    yield from values.items()
     for node in graph.nodes:
         operation = node.operation
         if isinstance(operation, Torch):
             values[node.output] = apply_torch(operation, values)
         else:
             values[node.output] = apply(operation, [values[value] for value in node.inputs])
-    return values
+        yield node.output, values[node.output]
+        for value in set(node.inputs):
+            if last[value] == node.output:
+                del values[value]

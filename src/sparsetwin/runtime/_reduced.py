@@ -56,10 +56,7 @@ class DensePlanes:
 
     def is_near(self, name: str, found: Sequence[Any], expected: Sequence[Any]) -> bool:
         """Tell whether a program's results are near those in float32; note it if they are not."""
-        pairs = [
-            (a, b) for a, b in zip(found, expected, strict=True) if isinstance(b, Tensor) and b.is_floating_point()
-        ]
-        error = max((relative_error(a, b) for a, b in pairs), key=lambda one: (math.isnan(one), one), default=0.0)
+        error = largest_error(found, expected)
         if error <= LARGEST_ERROR_OF_ALL:
             return True
         self.notes.append(f"{name}: off by {error:.2g} as a whole, and left out")
@@ -74,6 +71,20 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
         return 0.0
     size = torch.where(expected.isfinite(), expected.abs(), 0.0).max()
     return float(difference.max() / size.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def largest_error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return the largest `relative_error` of a call's results; NaN counts as the largest.
+
+    >>> largest_error([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
+    0.20000000298023224
+    """
+    errors = [
+        relative_error(y, ref)
+        for y, ref in zip(found, expected, strict=True)
+        if isinstance(ref, Tensor) and ref.is_floating_point()
+    ]
+    return max(errors, key=lambda one: (math.isnan(one), one), default=0.0)
 
 
 def dense_planes(*, allowed: bool) -> DensePlanes | None:
