@@ -256,7 +256,7 @@ def rivals_of(name: str, seconds: dict[str, list[float]]) -> dict[str, list[floa
     """Return the seconds of what a contestant is compared with: dense engines, and DeepSparse on the same network."""
     mine = name.rsplit(" ", 1)[-1]
     return {
-        other.removesuffix(f" {mine}"): found
+        other.removesuffix(f" {mine}") if "%" in other else other: found
         for other, found in seconds.items()
         if "%" not in other or ("DeepSparse" in other and other.endswith(f" {mine}"))
     }

@@ -73,6 +73,15 @@ def test_the_table_of_memory_is_that_of_the_results():
     assert found["versions"]["torch"].split("+")[0] in PAGE
 
 
+def test_the_profile_of_the_page_is_that_of_the_results():
+    found = json.loads((ROOT / "benchmarks" / "results" / "inference-profile" / "resnet50.json").read_text())
+    assert len(found["results"]) > 1
+    for sparsity, rows in found["results"].items():
+        for kind, row in rows.items():
+            assert f"| {sparsity} | {kind} | {row['in_order_ms']:.1f} | {row['alone_ms']:.1f} |" in PAGE
+    assert all(f"{speed:.0f} " in PAGE for speed in found["limits"].values())
+
+
 def memory_row(row: dict[str, Any]) -> str:
     """One process's line of the table, as the page shows it."""
     how = f"{row['how']}, prefer memory" if row.get("prefer") == "memory" else row["how"]
