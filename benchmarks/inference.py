@@ -246,10 +246,11 @@ def report_of(settings: Settings) -> dict[str, Any]:
     return {"settings": shown, "machine": machine(), "results": {}, "plans": {}}
 
 
-def write(report: dict[str, Any], settings: Settings) -> None:
-    if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+def write(report: dict[str, Any], out: Path | None) -> None:
+    """Write a report as JSON, if there is a place for it."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def rivals_of(name: str, seconds: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -349,7 +350,7 @@ def main(settings: Settings) -> None:
     if settings.packages is not None:
         sys.path.append(str(settings.packages))
     with ExitStack() as stack:
-        write(scale(settings, stack) if settings.scaling else compare(settings, stack), settings)
+        write(scale(settings, stack) if settings.scaling else compare(settings, stack), settings.out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 from sparsetwin.kernels import *
+from sparsetwin.kernels import _tokens
+from sparsetwin.kernels._tokens import padded as _padded
 
 PAGE, alive = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -36,9 +38,21 @@ def sparse(*shape):
     weight.view(-1)[-1] = 1.0  # at least one
     return weight
 
-def fence_matrix(matrix, end):
+def with_padding(array, end):
+    # what kernels for a few tokens may read behind an array, but not more
+    return fenced(torch.as_strided(array, (array.numel() + 16,), (1,)), end)[: array.numel()]
+
+def fence_matrix(matrix, end, fence=fenced):
     pointers = fenced(matrix.row_pointers, end)
-    return replace(matrix, row_pointers=pointers, values=fenced(matrix.values, end))
+    return replace(matrix, row_pointers=pointers, values=fence(matrix.values, end))
+
+def token_product(matrix, end, **options):
+    # what the product makes of the matrix is fenced as it is made, before a kernel is told where it lies
+    made, _tokens.padded = _tokens.padded, lambda array: with_padding(_padded(array), end)
+    try:
+        return TokenProduct(matrix, **options)
+    finally:
+        _tokens.padded = made
 """
 
 PRODUCTS = """
@@ -59,14 +73,13 @@ for target in (None, "generic"):
         for layout in ("columns", "bitmask"):
             for rows, length in ((1, 1), (5, 13), (8, 32), (9, 100)):
                 for tokens in (1, 3, 8):
-                    matrix = fence_matrix(CSRBlocks.from_dense(sparse(rows, length)), end)
+                    matrix = fence_matrix(CSRBlocks.from_dense(sparse(rows, length)), end, with_padding)
                     bias = fenced(torch.randn(rows), end)
-                    product = TokenProduct(matrix, tokens=tokens, bias=bias, layout=layout, target=target)
-                    product._values = fenced(product._values, end)
-                    for name in ("_indices", "_masks"):
-                        if hasattr(product, name):
-                            setattr(product, name, fenced(getattr(product, name), end))
-                    product(fenced(torch.randn(tokens, length), end))
+                    for value in ("float32", "bfloat16"):
+                        product = token_product(
+                            matrix, end, tokens=tokens, bias=bias, layout=layout, target=target, value=value
+                        )
+                        product(fenced(torch.randn(tokens, length), end))
 """
 
 CONVOLUTIONS = """
@@ -118,10 +131,11 @@ for target in (None, "generic"):
                     product = SparseProduct(matrix, columns=columns, pitch=columns, tiling=tiling)
                     x, out = fenced(torch.randn(length, columns), end), fenced(torch.empty(rows, columns), end)
                     product(x, out=out)
+                matrix = CSRBlocks.from_kept(found, narrow=True)
+                matrix = replace(fence_matrix(matrix, end, with_padding), scales=fenced(matrix.scales, end))
                 for tokens in (1, 3):
                     for layout in ("columns", "bitmask"):
-                        product = TokenProduct(matrix, tokens=tokens, layout=layout, target=target)
-                        product._values = fenced(product._values, end)
+                        product = token_product(matrix, end, tokens=tokens, layout=layout, target=target)
                         product(fenced(torch.randn(tokens, length), end))
 """
 DENSE = """

@@ -31,6 +31,7 @@ from sparsetwin.kernels import (
 )
 from sparsetwin.kernels._bitmask_ir import BitmaskSpecification
 from sparsetwin.kernels._llvm import assemble
+from sparsetwin.kernels._one_token_ir import OneTokenSpecification
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -102,6 +103,22 @@ def test_masks_are_unpacked_by_one_instruction_where_the_target_has_it(value, na
     spec = BitmaskSpecification(target=target, lanes=16, tokens=2, value=value)
     text = assemble(kernel_ir(spec), features=target.feature_string)
     assert {"float32": "vexpandps", "bfloat16": "vpexpandw"}[value] in text
+
+
+@pytest.mark.skipif(not X86, reason="reads x86 assembly")
+@pytest.mark.parametrize(
+    ("value", "widening"), [("float32", "vfmadd231ps\t("), ("bfloat16", "vpmovzxwd"), ("int8", "vpmovsxbd")]
+)
+def test_for_one_token_a_vector_of_values_is_loaded_at_once_and_activations_are_picked(value, widening):
+    target = TARGETS["avx2"]
+    text = assemble(
+        kernel_ir(OneTokenSpecification(target=target, lanes=8, value=value)), features=target.feature_string
+    )
+    assert widening in text
+    assert text.count("vinsertps") == 2 * 6  # 8 activations in two halves; in the loop and behind it
+    assert "vfmadd" in text
+    assert "vgather" not in text
+    assert "call" not in text
 
 
 def test_a_specification_is_compiled_once_whoever_asks_first():

@@ -1,5 +1,7 @@
 """One to eight tokens, and linear layers of any number: equal to the plain twin in each format."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +49,40 @@ def test_nan_passes_through_kept_weights_and_not_through_pruned_ones(layout):
     x[1, 17] = float("nan")
     y = TokenProduct(weight, tokens=3, layout=layout)(x)
     assert torch.equal(y.isnan(), torch.outer(torch.tensor([False, True, False]), weight[:, 17] != 0))
+
+
+@pytest.mark.parametrize("value", ["float32", "bfloat16"])
+def test_what_lies_behind_a_row_does_not_reach_it(value):
+    weight, x = torch.zeros(4, 40), dense(1, 40).abs()
+    weight[0, 3] = 2.0
+    weight[1, 5:16] = float("inf")  # read with row 0, and thrown away
+    weight[2, 20] = 1.0
+    x[0, 20:] = float("nan")  # picked with row 1's last values
+    y = TokenProduct(weight, tokens=1, value=value, layout="columns")(x)
+    assert y[0, 0] == 2 * x[0, 3]
+    assert y[0, 1] == float("inf")
+    assert y[0, 2].isnan()
+    assert y[0, 3] == 0
+
+
+@pytest.mark.parametrize("layout", ["columns", "bitmask"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_calls_may_run_at_once(layout, tokens):
+    product = TokenProduct(sparse(300, 200, density=0.2), tokens=tokens, layout=layout)
+    inputs = [dense(tokens, 200, seed=seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as executor:
+        found = list(executor.map(product, inputs))
+    assert all(torch.equal(y, product(x)) for x, y in zip(inputs, found, strict=True))
+
+
+def test_a_result_has_no_graph():
+    linear = SparseLinear(sparse(12, 20, density=0.5))
+    for tokens in (1, 3, 30):
+        x = dense(tokens, 20).requires_grad_()
+        y = linear(x, residual=dense(tokens, 12).requires_grad_())
+        assert not y.requires_grad
+        assert not linear(x).requires_grad
+        assert torch.equal(linear(x), linear(x.detach()))
 
 
 def test_the_format_with_fewer_bytes_is_chosen_where_the_target_unpacks_masks():

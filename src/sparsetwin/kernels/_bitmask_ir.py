@@ -113,22 +113,16 @@ class _Bitmask:
         return self.e.b.call(self.e.declare(f"llvm.ctpop.i{self.spec.lanes}", word, [word]), [bits])
 
     def _store(self, vector: Any, token: int, row: Any) -> None:
-        """Add the lanes in halves, then scale, bias and activation, and store one number."""
+        """Add the lanes, then scale, bias and activation, and store one number."""
         e, table = self.e, self.arguments
-        width = e.lanes
-        while width > 1:
-            width //= 2
-            moved = [min(lane + width, e.lanes - 1) for lane in range(e.lanes)]
-            order = e.ir.Constant(e.integers, moved)
-            vector = e.b.fadd(vector, e.b.shuffle_vector(vector, vector, order))
         column = e.b.mul(row, e.int64(4))
-        if self.spec.scaled:
-            scale = e.b.load(e.address(table[BitmaskArgument.SCALES], column), typ=e.f32, align=4)
-            vector = e.b.fmul(vector, e.broadcast(scale))
-        if self.spec.bias:
-            bias = e.b.load(e.address(table[BitmaskArgument.BIAS], column), typ=e.f32, align=4)
-            vector = e.b.fadd(vector, e.broadcast(bias))
-        result = e.b.extract_element(e.activate(vector, self.spec.activation), e.i32(0))
+        total = e.epilogue(
+            e.sum_of_lanes(vector),
+            scale=e.address(table[BitmaskArgument.SCALES], column) if self.spec.scaled else None,
+            bias=e.address(table[BitmaskArgument.BIAS], column) if self.spec.bias else None,
+            activation=self.spec.activation,
+        )
+        result = e.b.extract_element(total, e.i32(0))
         line = e.address(table[BitmaskArgument.OUTPUT], e.b.mul(table[BitmaskArgument.OUTPUT_PITCH], e.int64(token)))
         e.b.store(result, e.address(line, column), align=4)
 

@@ -8,6 +8,7 @@ from sparsetwin.kernels._bitmask_ir import BitmaskSpecification, bitmask_ir
 from sparsetwin.kernels._dense_ir import DenseSpecification, dense_ir
 from sparsetwin.kernels._emitter import FUNCTION
 from sparsetwin.kernels._llvm import MachineCode, compile_function, compile_lock
+from sparsetwin.kernels._one_token_ir import OneTokenSpecification, one_token_ir
 from sparsetwin.kernels._product_ir import product_ir
 from sparsetwin.kernels._specification import ProductSpecification
 from sparsetwin.kernels._target import checked_target
@@ -22,6 +23,7 @@ Specification = (
     | TransposeSpecification
     | WalkSpecification
     | DenseSpecification
+    | OneTokenSpecification
 )
 
 
@@ -68,6 +70,8 @@ def kernel_ir(specification: Specification) -> str:
         return walk_ir(specification)
     if isinstance(specification, DenseSpecification):
         return dense_ir(specification)
+    if isinstance(specification, OneTokenSpecification):
+        return one_token_ir(specification)
     return bitmask_ir(specification)
 
 

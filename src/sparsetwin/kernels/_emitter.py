@@ -243,6 +243,24 @@ class Emitter:
         """Clear the lanes whose integer, of the element's size, in ``bits`` is zero; the others are all ones."""
         return self.b.bitcast(self.b.and_(self.b.bitcast(vector, bits.type), bits), vector.type)
 
+    def sum_of_lanes(self, vector: Any) -> Any:
+        """Return a vector whose first lane is the sum of all lanes, added in halves."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            moved = [min(lane + width, self.lanes - 1) for lane in range(self.lanes)]
+            order = self.ir.Constant(self.integers, moved)
+            vector = self.b.fadd(vector, self.b.shuffle_vector(vector, vector, order))
+        return vector
+
+    def epilogue(self, total: Any, *, scale: Any, bias: Any, activation: Activation | None) -> Any:
+        """Return a row's sum as it is stored; ``scale`` and ``bias`` are the addresses of its numbers, or None."""
+        if scale is not None:
+            total = self.b.fmul(total, self.broadcast(self.b.load(scale, typ=self.f32, align=4)))
+        if bias is not None:
+            total = self.b.fadd(total, self.broadcast(self.b.load(bias, typ=self.f32, align=4)))
+        return self.activate(total, activation)
+
     def activate(self, x: Any, activation: Activation | None) -> Any:
         """Return the activation function of a vector. NaN stays NaN."""
         if activation is None:

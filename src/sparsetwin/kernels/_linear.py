@@ -70,7 +70,6 @@ class SparseLinear:
         self._transpose = Transpose(target)
         self._product(self.chunk, False)  # whatever does not fit is refused now
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, pool: Pool | None = None) -> Tensor:
         """Apply the layer.
 

@@ -1,12 +1,14 @@
 """One to eight tokens against a sparse matrix: few activations, so what counts is the bytes of the weights.
 
 Two formats. ``columns``: a 16-bit column and a value for each kept weight, 6 bytes in float32 and 3 in int8; lanes over
-tokens. ``bitmask``: one bit for each weight and a value for each kept one; lanes over columns, for targets that unpack
-values by a mask. Values in bfloat16 or float16 are rounded once, when the product is made; sums are float32.
+the kept weights of a row for one token, over tokens for more. ``bitmask``: one bit for each weight and a value for each
+kept one; lanes over columns, for targets that unpack values by a mask. Values in bfloat16 or float16 are rounded once,
+when the product is made; sums are float32.
 """
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Literal
 
@@ -17,9 +19,10 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._bitmask_ir import BitmaskArgument, BitmaskSpecification
 from sparsetwin.kernels._blocks import CSRBlocks, check_float32, padded
-from sparsetwin.kernels._cache import Kernel, kernel
-from sparsetwin.kernels._launch import chains, run_pieces, worth_threads
-from sparsetwin.kernels._pool import Piece, Pool
+from sparsetwin.kernels._cache import Kernel, Specification, kernel
+from sparsetwin.kernels._launch import chains, worth_threads
+from sparsetwin.kernels._one_token_ir import OneTokenArgument, OneTokenSpecification
+from sparsetwin.kernels._pool import Pool
 from sparsetwin.kernels._product_ir import Argument
 from sparsetwin.kernels._specification import (
     VALUE_BYTES,
@@ -91,17 +94,17 @@ class TokenProduct:
             raise ConfigError(f"value={value!r}; expected 'float32', {', '.join(map(repr, _ROUNDED))}")
         density = matrix.kept / (matrix.rows * matrix.columns)
         self.layout = layout or default_format(density, value=value, target=chosen)
+        self._shape = (tokens, matrix.columns)
+        self._wide = 0  # tokens that lie side by side, where lanes are over tokens
         self._bias = bias
-        self._scales = matrix.scales
         self._values = matrix.values
         if value in _ROUNDED and matrix.values.dtype == torch.float32:
             self._values = padded(matrix.values.to(_ROUNDED[value]))
         make = {"columns": self._make_columns, "bitmask": self._make_bitmask}.get(self.layout)
         if make is None:
             raise ConfigError(f"layout={layout!r}; expected 'columns' or 'bitmask'")
-        self._run = make(chosen, value, activation)
+        self._kernel = make(chosen, value, activation)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, *, pool: Pool | None = None) -> Tensor:
         """Multiply.
 
@@ -116,102 +119,108 @@ class TokenProduct:
             ConfigError: If x has another shape, dtype or layout.
         """
         check_float32(x, "x")
-        if tuple(x.shape) != (self.tokens, self.matrix.columns) or not x.is_contiguous():
-            expected = (self.tokens, self.matrix.columns)
-            raise ConfigError(f"x has shape {tuple(x.shape)}, strides {x.stride()}; expected contiguous {expected}")
-        return self._run(x, pool)
+        if x.shape != self._shape or not x.is_contiguous():
+            found = f"x has shape {tuple(x.shape)}, strides {x.stride()}"
+            raise ConfigError(f"{found}; expected contiguous {self._shape}")
+        if not self._wide:
+            out = torch.empty(self.tokens, self.matrix.rows)
+            self._launch(x, out, pool)
+            return out
+        across = torch.zeros(self.matrix.columns, self._wide)  # lanes over tokens: those that are not there are zero
+        across[:, : self.tokens] = x.detach().t()
+        out = torch.empty(self.matrix.rows, self._wide)
+        self._launch(across, out, pool)
+        return out[:, : self.tokens].t().contiguous()
 
-    def _make_columns(
-        self, target: Target, value: ValueFormat, activation: Activation | None
-    ) -> Callable[[Tensor, Pool | None], Tensor]:
+    def _make_columns(self, target: Target, value: ValueFormat, activation: Activation | None) -> "_Ready":
         matrix = self.matrix
         if matrix.columns > COLUMNS_LIMIT:
             raise ConfigError(f"{matrix.columns} columns are beyond 16 bits; expected at most {COLUMNS_LIMIT}")
         numbers = (matrix.positions % matrix.columns).numpy().astype(np.uint16)
         self._indices = padded(torch.from_numpy(numbers.view(np.int16)))
-        wide = 1 if self.tokens == 1 else 4 if self.tokens <= 4 else 8
-        lanes = min(wide, target.lanes)
-        vectors = wide // lanes
-        compiled = kernel(
-            ProductSpecification(
+        if self.tokens == 1:
+            one = OneTokenSpecification(
                 target=target,
-                lanes=lanes,
-                vectors=vectors,
-                chains=chains(vectors),
-                index="column16",
+                lanes=min(8, target.lanes),
                 value=value,
-                scaled=self._scales is not None,
+                scaled=matrix.scales is not None,
                 bias=self._bias is not None,
                 activation=activation,
             )
+            return self._ready(one, OneTokenArgument, COLUMNS=self._indices)
+        self._wide = 4 if self.tokens <= 4 else 8
+        lanes = min(self._wide, target.lanes)
+        some = ProductSpecification(
+            target=target,
+            lanes=lanes,
+            vectors=self._wide // lanes,
+            chains=chains(self._wide // lanes),
+            index="column16",
+            value=value,
+            scaled=matrix.scales is not None,
+            bias=self._bias is not None,
+            activation=activation,
         )
-        return partial(self._run_columns, compiled, wide)
+        return self._ready(
+            some, Argument, INDICES=self._indices, BLOCKS=1, ROWS=matrix.rows, OUTPUT_PITCH=4 * self._wide
+        )
 
-    def _run_columns(self, compiled: Kernel, wide: int, x: Tensor, pool: Pool | None) -> Tensor:
-        """Lanes over tokens: x and y lie features by tokens, with tokens that are not there filled with zeros."""
-        matrix = self.matrix
-        if wide == 1:
-            across, out = x, torch.empty(1, matrix.rows)
-        else:
-            across = torch.zeros(matrix.columns, wide)
-            across[:, : self.tokens] = x.t()
-            out = torch.empty(matrix.rows, wide)
-        table = (ctypes.c_int64 * len(Argument))()
-        table[Argument.BLOCKS] = 1
-        table[Argument.ROWS] = matrix.rows
-        table[Argument.ROW_POINTERS] = matrix.row_pointers.data_ptr()
-        table[Argument.INDICES] = self._indices.data_ptr()
-        table[Argument.VALUES] = self._values.data_ptr()
-        table[Argument.INPUT] = across.data_ptr()
-        table[Argument.OUTPUT] = out.data_ptr()
-        table[Argument.OUTPUT_PITCH] = 4 * wide
-        table[Argument.BIAS] = self._bias.data_ptr() if self._bias is not None else 0
-        table[Argument.SCALES] = self._scales.data_ptr() if self._scales is not None else 0
-        self._launch(compiled, ctypes.addressof(table), pool)
-        return out if wide == 1 else out[:, : self.tokens].t().contiguous()
-
-    def _make_bitmask(
-        self, target: Target, value: ValueFormat, activation: Activation | None
-    ) -> Callable[[Tensor, Pool | None], Tensor]:
+    def _make_bitmask(self, target: Target, value: ValueFormat, activation: Activation | None) -> "_Ready":
         matrix, lanes = self.matrix, 16 if target.lanes >= 16 else 8
-        self._groups = -(-matrix.columns // lanes)
-        kept = torch.zeros(matrix.rows, self._groups * lanes, dtype=torch.bool)
+        groups = -(-matrix.columns // lanes)
+        kept = torch.zeros(matrix.rows, groups * lanes, dtype=torch.bool)
         flat = matrix.positions.long()
         kept[flat // matrix.columns, flat % matrix.columns] = True
         self._masks = padded(torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little")))
-        compiled = kernel(
-            BitmaskSpecification(
-                target=target,
-                lanes=lanes,
-                tokens=self.tokens,
-                value=value,
-                scaled=self._scales is not None,
-                bias=self._bias is not None,
-                activation=activation,
-            )
+        specification = BitmaskSpecification(
+            target=target,
+            lanes=lanes,
+            tokens=self.tokens,
+            value=value,
+            scaled=matrix.scales is not None,
+            bias=self._bias is not None,
+            activation=activation,
         )
-        return partial(self._run_bitmask, compiled)
+        pitches = {"INPUT_PITCH": 4 * matrix.columns, "OUTPUT_PITCH": 4 * matrix.rows}
+        return self._ready(specification, BitmaskArgument, MASKS=self._masks, GROUPS=groups, **pitches)
 
-    def _run_bitmask(self, compiled: Kernel, x: Tensor, pool: Pool | None) -> Tensor:
-        matrix = self.matrix
-        out = torch.empty(self.tokens, matrix.rows)
-        table = (ctypes.c_int64 * len(BitmaskArgument))()
-        table[BitmaskArgument.GROUPS] = self._groups
-        table[BitmaskArgument.ROW_POINTERS] = matrix.row_pointers.data_ptr()
-        table[BitmaskArgument.MASKS] = self._masks.data_ptr()
-        table[BitmaskArgument.VALUES] = self._values.data_ptr()
-        table[BitmaskArgument.INPUT] = x.data_ptr()
-        table[BitmaskArgument.INPUT_PITCH] = 4 * matrix.columns
-        table[BitmaskArgument.OUTPUT] = out.data_ptr()
-        table[BitmaskArgument.OUTPUT_PITCH] = 4 * matrix.rows
-        table[BitmaskArgument.BIAS] = self._bias.data_ptr() if self._bias is not None else 0
-        table[BitmaskArgument.SCALES] = self._scales.data_ptr() if self._scales is not None else 0
-        self._launch(compiled, ctypes.addressof(table), pool)
-        return out
+    def _ready(self, specification: Specification, argument: type[IntEnum], **further: Tensor | int) -> "_Ready":
+        given: dict[str, Tensor | int | None] = {
+            "ROW_POINTERS": self.matrix.row_pointers,
+            "VALUES": self._values,
+            "BIAS": self._bias,
+            "SCALES": self.matrix.scales,
+            **further,
+        }
+        table = (ctypes.c_int64 * len(argument))()
+        for name, found in given.items():
+            if found is not None:
+                table[argument[name]] = found if isinstance(found, int) else _address(found)
+        return _Ready(kernel(specification), table, int(argument["INPUT"]), int(argument["OUTPUT"]))
 
-    def _launch(self, compiled: Kernel, table: int, pool: Pool | None) -> None:
-        """Run a kernel to its end, rows cut for threads; the caller keeps the table alive."""
-        threads = pool.threads if pool and worth_threads(self.matrix, self.tokens) else 1
-        ranges = self.matrix.row_ranges(2 * threads) if threads > 1 else [(0, self.matrix.rows)]
-        pieces: list[Piece] = [partial(compiled.call, table, 0, 1, begin, end) for begin, end in ranges]
-        run_pieces(pieces, pool)
+    def _launch(self, x: Tensor, out: Tensor, pool: Pool | None) -> None:
+        """Run the kernel to its end, rows cut for threads."""
+        ready = self._kernel
+        table = type(ready.table).from_buffer_copy(ready.table)  # calls may run at once
+        table[ready.input], table[ready.output] = x.data_ptr(), out.data_ptr()
+        call, address = ready.kernel.call, ctypes.addressof(table)
+        if pool is None or not worth_threads(self.matrix, self.tokens):
+            call(address, 0, 1, 0, self.matrix.rows)
+            return
+        ranges = self.matrix.row_ranges(2 * pool.threads)
+        pool.run([partial(call, address, 0, 1, begin, end) for begin, end in ranges])
+
+
+def _address(array: Tensor) -> int:
+    """Return where an array begins; of an empty one, where its padding does, which torch gives as 0."""
+    return int(array.untyped_storage().data_ptr() + array.storage_offset() * array.element_size())
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A kernel, and its table of arguments without the input and the output, which each call brings."""
+
+    kernel: Kernel
+    table: "ctypes.Array[ctypes.c_int64]"
+    input: int  # where in the table
+    output: int
