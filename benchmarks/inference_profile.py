@@ -6,27 +6,27 @@ Each kernel is timed three ways, turn by turn on one thread, and the medians are
 
 - ``in order``: the whole network runs, kernel after kernel, as a call does.
 - ``alone``: the same kernel has just run, so its weights, and activations that fit, are in the caches.
-- ``band``: an eighth of the kernel's columns has just been computed and is computed again, so that all it touches lies
-  in the second-level cache at the latest. It is as fast as any fusion with the layers around it could make a kernel.
+- ``band``: an eighth of the kernel's columns, at least one tile, has just been computed and is computed again, so that
+  the activations it touches lie in the second-level cache at the latest. Kernels of a single tile count as ``alone``.
+  Fusion with the layers around it, band by band, could make a kernel as fast as that, not faster: it saves no weights.
 
-Beside them stand the multiply-adds of the kernels' inner loop on this processor, in billions of operations a second:
-operands in registers, each from the first-level cache where it begins with a cache line, and the same one number off
-that, as the taps of a 3x3 convolution lie. Networks and masks are those of inference.py.
+Beside them, in the same rounds, stand the multiply-adds of the kernels' inner loop on this processor, in billions of
+operations a second: operands in registers, each from the first-level cache where it begins with a cache line, and the
+same one number off that, as the taps of a 3x3 convolution lie. Networks and masks are those of inference.py.
 """
 
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from inference import Settings as NetworkSettings
-from inference import machine, networks, pruned
+from inference import machine, networks, pruned, write
 from torch import Tensor
 
 from sparsetwin.kernels import Panels, host_target
@@ -36,12 +36,14 @@ from sparsetwin.kernels._team import KernelPiece
 from sparsetwin.runtime import deploy
 from sparsetwin.runtime._memory import Segment
 from sparsetwin.runtime._program import Program
-from sparsetwin.runtime._segments import PlaneKernel, _pieces
+from sparsetwin.runtime._segments import PlaneKernel, kernel_pieces
 from sparsetwin.runtime._steps import Product, Step
 
 _WEIGHTS = 4096  # of the inner loop by itself
 _ROWS, _PITCH = 32, 13 * 64  # of its activations: 8 KiB are touched
 _BANDS = 8
+_VECTORS = 8  # of a tile, as the widest that kernels have
+_SUMS = 10  # as many as hide the latency of multiply-adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +116,26 @@ def inner_loop(operands: Literal["registers", "memory"], vectors: int) -> Callab
     return run
 
 
-def limits(rounds: int, vectors: int = 8) -> dict[str, float]:
-    """Return billions of operations a second of the inner loop; the best of many short runs."""
-    registers, memory = inner_loop("registers", vectors), inner_loop("memory", vectors)
-    operations = 2 * host_target().lanes * vectors * _WEIGHTS
-    loops = {
-        "registers": lambda: registers(0),
-        "first-level cache": lambda: memory(0),
-        "first-level cache, across lines": lambda: memory(4),
-    }
-    best = dict.fromkeys(loops, float("inf"))
-    for _ in range(20 * rounds):
-        for name, run in loops.items():
-            best[name] = min(best[name], seconds(run))
-    return {name: operations / found / 1e9 for name, found in best.items()}
+class Limits:
+    """The inner loop by itself, in billions of operations a second."""
+
+    def __init__(self) -> None:
+        registers, memory = inner_loop("registers", _SUMS), inner_loop("memory", _VECTORS)
+        self._loops: dict[str, tuple[int, Callable[[], None]]] = {
+            "registers": (_SUMS, lambda: registers(0)),
+            "first-level cache": (_VECTORS, lambda: memory(0)),
+            "first-level cache, across lines": (_VECTORS, lambda: memory(4)),
+        }
+        self.found: dict[str, list[float]] = {name: [] for name in self._loops}
+
+    def measure(self, runs: int = 20) -> None:
+        """Add a round: the best of some short runs of each loop."""
+        for name, (sums, run) in self._loops.items():
+            best = min(seconds(run) for _ in range(runs))
+            self.found[name].append(2 * host_target().lanes * sums * _WEIGHTS / best / 1e9)
+
+    def medians(self) -> dict[str, float]:
+        return {name: round(statistics.median(found), 1) for name, found in self.found.items()}
 
 
 Work = list[tuple[Step, PlaneKernel, list[KernelPiece]]]
@@ -144,7 +152,7 @@ def bound(program: Program) -> tuple[Work, object]:
 
     steps = [step for part in program.parts if isinstance(part, Segment) for step in part.steps]
     found = [(step, program.kernels[step]) for step in steps if step in program.kernels]
-    work = [(step, kernel, _pieces(step, kernel, planes, None, (panels, 0))) for step, kernel in found]
+    work = [(step, kernel, kernel_pieces(step, kernel, planes, None, (panels, 0))) for step, kernel in found]
     return work, (buffers, whole, panels)
 
 
@@ -157,20 +165,22 @@ def kind_and_operations(step: Step, kernel: PlaneKernel) -> tuple[str, float]:
 
 
 def band_of(piece: KernelPiece) -> tuple[KernelPiece, float] | None:
-    """Return an eighth of a piece's tiles, in the middle, and its share; None where there are too few."""
-    first, stop, *rows = piece.ranges
-    some = (stop - first) // _BANDS
-    if some < 1:
+    """Return an eighth of a piece's tiles, in the middle, at least one, and its share; None where there is only one."""
+    first, stop, row, stop_row = piece.ranges
+    if stop - first < 2:
         return None
+    some = max(1, (stop - first) // _BANDS)
     middle = (first + stop - some) // 2
-    return KernelPiece(piece.kernel, piece.table, (middle, middle + some, *rows)), some / (stop - first)
+    return KernelPiece(piece.kernel, piece.table, (middle, middle + some, row, stop_row)), some / (stop - first)
 
 
-def profiled(program: Program, rounds: int) -> list[Times]:
+def profiled(program: Program, limits: Limits, rounds: int) -> list[Times]:
     work, memory = bound(program)
     assert memory  # it must outlive the kernels, which know its addresses only
     times = [Times(*kind_and_operations(step, kernel)) for step, kernel, _ in work]
     for number in range(-1, rounds):
+        if number >= 0:
+            limits.measure()
         for found, (_, _, pieces) in zip(times, work, strict=True):
             taken = sum(seconds(piece) for piece in pieces)
             if number >= 0:
@@ -214,21 +224,19 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(1)
     shown = NetworkSettings(network=settings.network, masks=settings.masks, seed=settings.seed)
     model, inputs, layers = networks(shown)
-    report: dict[str, Any] = {"machine": machine(), "settings": {"rounds": settings.rounds, "masks": settings.masks}}
-    report["limits"] = {name: round(found, 1) for name, found in limits(settings.rounds).items()}
-    print(report["limits"], flush=True)
-    report["results"] = {}
+    given = {**asdict(settings), "out": None, "vectors": _VECTORS, "sums in registers": _SUMS, "bands": _BANDS}
+    report: dict[str, Any] = {"machine": machine(), "settings": given, "limits": {}, "results": {}}
     for sparsity in settings.sparsities:
         deployed = deploy(pruned(model, layers, sparsity, shown), inputs, threads=1, rivals=())
-        entry = next(iter(deployed._entries.values()))
+        (entry,) = deployed.plans_by_shape
         assert entry.program is not None, "no kernels run here"
-        rows = summed(profiled(entry.program.program, settings.rounds))
-        report["results"][f"{sparsity:.0%}"] = rows
+        limits = Limits()
+        rows = summed(profiled(entry.program.program, limits, settings.rounds))
+        report["results"][f"{sparsity:.0%}"], report["limits"][f"{sparsity:.0%}"] = rows, limits.medians()
         for kind, row in rows.items():
             print(f"{sparsity:.0%} {kind:<20}", row, flush=True)
-    if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{sparsity:.0%}", limits.medians(), flush=True)
+    write(report, settings.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
-RESULTS = sorted((ROOT / "benchmarks" / "results" / "inference").glob("*.json"))
+BENCHMARKS = ROOT / "benchmarks" / "results"
+RESULTS = sorted((BENCHMARKS / "inference").glob("*.json"))
+PROFILE = json.loads((BENCHMARKS / "inference-profile" / "resnet50.json").read_text())
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
@@ -66,20 +68,64 @@ def test_there_are_results():
 
 
 def test_the_table_of_memory_is_that_of_the_results():
-    found = json.loads((ROOT / "benchmarks" / "results" / "memory" / "resnet50.json").read_text())
+    found = json.loads((BENCHMARKS / "memory" / "resnet50.json").read_text())
     lines = [memory_row(row) for row in found["rows"]]
     assert len(lines) > 10
     assert "\n".join(lines) in PAGE
     assert found["versions"]["torch"].split("+")[0] in PAGE
 
 
-def test_the_profile_of_the_page_is_that_of_the_results():
-    found = json.loads((ROOT / "benchmarks" / "results" / "inference-profile" / "resnet50.json").read_text())
-    assert len(found["results"]) > 1
-    for sparsity, rows in found["results"].items():
+def tokens_table() -> str:
+    """One token's rows of a file of results, as the page shows them."""
+    found = json.loads((BENCHMARKS / "kernels" / "tokens.json").read_text())["results"]["1 threads"]
+    names = ["torch dense", "torch dense bf16", "torch CSR", "sparse fp32", "sparse bf16"]
+    lines = [f"| sparsity | {', ms | '.join(names)}, ms | sparse fp32 x torch bf16 | sparse bf16 x torch bf16 |"]
+    lines.append("| --- " * 8 + "|")
+    for case, rows in found.items():
+        if ", 1 tokens, " in case:
+            cells = [f"{rows[name]['median_ms']:.3f}" for name in names]
+            cells += [f"{rows[name]['times_faster_than']['torch dense bf16']:.1f}" for name in names[-2:]]
+            lines.append(f"| {1 - float(case.rsplit(' ', 1)[-1]):.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_one_token_is_that_of_the_results():
+    assert tokens_table().count("\n") == 5
+    assert tokens_table() in PAGE
+
+
+def profile_table() -> str:
+    """Where the time goes, as the page shows it."""
+    names = "in order | alone | from the cache | billion operations a second, in order"
+    lines = [f"| sparsity | kernels | {names} |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for sparsity, rows in PROFILE["results"].items():
         for kind, row in rows.items():
-            assert f"| {sparsity} | {kind} | {row['in_order_ms']:.1f} | {row['alone_ms']:.1f} |" in PAGE
-    assert all(f"{speed:.0f} " in PAGE for speed in found["limits"].values())
+            own = [f"{row[key]:.1f}" for key in ("in_order_ms", "alone_ms", "band_ms")]
+            speed = f"{row['gigaflops_in_order']:.0f}"
+            cells = [*own, speed] if row["gigaflops_in_order"] else [*own[:2], "", ""]
+            lines.append(f"| {sparsity} | {kind} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def limits_table() -> str:
+    """The inner loop by itself beside the whole network, as the page shows it."""
+    (first, *_) = PROFILE["limits"].values()
+    lines = [f"| sparsity | {' | '.join(first)} | the network |", "| --- | " + "---: | " * (len(first) + 1)]
+    for sparsity, found in PROFILE["limits"].items():
+        cells = [*found.values(), PROFILE["results"][sparsity]["all"]["gigaflops_in_order"]]
+        lines.append(f"| {sparsity} | {' | '.join(f'{speed:.0f}' for speed in cells)} |")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def test_the_profile_of_the_page_is_that_of_the_results():
+    assert len(PROFILE["results"]) == len(PROFILE["limits"]) > 1
+    assert profile_table() in PAGE
+    assert limits_table() in PAGE
+    saved = [
+        f"{100 * (1 - rows['all']['band_ms'] / rows['all']['in_order_ms']):.0f}% at {sparsity}"
+        for sparsity, rows in PROFILE["results"].items()
+    ]
+    assert f"could save {' and '.join(saved)}" in PAGE
 
 
 def memory_row(row: dict[str, Any]) -> str:

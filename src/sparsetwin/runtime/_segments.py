@@ -86,9 +86,10 @@ def panel_bytes(kernels: Iterable[PlaneKernel]) -> int:
     return max((kernel.panel_bytes for kernel in kernels if isinstance(kernel, DenseConvolution)), default=0)
 
 
-def _pieces(
+def kernel_pieces(
     step: Step, kernel: PlaneKernel, planes: Planes, pool: Pool | None, panels: tuple[Panels, int]
 ) -> list[KernelPiece]:
+    """Return the work of a step's kernel on one image; ``panels`` are those of dense kernels, and the first to use."""
     threads = pool.threads if pool else 1
     if isinstance(kernel, PlaneWindow):
         assert isinstance(step, PoolStep)
@@ -107,7 +108,7 @@ def _run(work: Sequence[tuple[Step, PlaneKernel]], planes: Planes, panels: Panel
     kernels: list[list[KernelPiece]] = [[] for _ in range(max(ranks) + 1)]
     parts = [0] * len(kernels)  # of the panels: kernels of one rank may run at once, others not
     for rank, (step, kernel) in zip(ranks, work, strict=True):
-        pieces = _pieces(step, kernel, planes, pool, (panels, parts[rank]))
+        pieces = kernel_pieces(step, kernel, planes, pool, (panels, parts[rank]))
         parts[rank] += len(pieces) if isinstance(kernel, DenseConvolution) else 0
         kernels[rank] += pieces
     chain = Chain(kernels)
