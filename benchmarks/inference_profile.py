@@ -10,15 +10,11 @@ Each kernel is timed three ways, turn by turn on one thread, and the medians are
   the activations it touches lie in the second-level cache at the latest. Kernels of a single tile count as ``alone``.
   Fusion with the layers around it, band by band, could make a kernel as fast as that, not faster: it saves no weights.
 
-Beside them, in the same rounds, stand the multiply-adds of the kernels' inner loop on this processor, in billions of
-operations a second: operands in registers, each from the first-level cache where it begins with a cache line, and the
-same one number off that, as the taps of a 3x3 convolution lie. Networks and masks are those of inference.py.
+Beside them, in the same rounds, stands what the processor allows (inference_limits.py). Networks and masks are those of
+inference.py.
 """
 
-import ctypes
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +23,10 @@ import torch
 import tyro
 from inference import Settings as NetworkSettings
 from inference import machine, networks, pruned, write
+from inference_limits import Limits, seconds
 from torch import Tensor
 
-from sparsetwin.kernels import Panels, host_target
-from sparsetwin.kernels._emitter import FUNCTION, Emitter
-from sparsetwin.kernels._llvm import compile_function
+from sparsetwin.kernels import Panels
 from sparsetwin.kernels._team import KernelPiece
 from sparsetwin.runtime import deploy
 from sparsetwin.runtime._memory import Segment
@@ -39,11 +34,7 @@ from sparsetwin.runtime._program import Program
 from sparsetwin.runtime._segments import PlaneKernel, kernel_pieces
 from sparsetwin.runtime._steps import Product, Step
 
-_WEIGHTS = 4096  # of the inner loop by itself
-_ROWS, _PITCH = 32, 13 * 64  # of its activations: 8 KiB are touched
 _BANDS = 8
-_VECTORS = 8  # of a tile, as the widest that kernels have
-_SUMS = 10  # as many as hide the latency of multiply-adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,76 +57,6 @@ class Times:
     in_order: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
     band: list[float] = field(default_factory=list)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def inner_loop(operands: Literal["registers", "memory"], vectors: int) -> Callable[[int], None]:
-    """Return what runs the loop over one row's weights: a broadcast and so many multiply-adds for each.
-
-    The returned function takes the byte offset of the activations from a cache line.
-    """
-    target = host_target()
-    e = Emitter(arguments=4, lanes=target.lanes, fused=target.fused)
-    activations, indices, values, out = (e.argument_pointer(place) for place in range(4))
-    stop = e.function.args[1]
-    held = e.load_vector(activations)
-    with e.reducing_loop(e.int64(0), stop, [e.zeros()] * vectors, step=4) as (index, carried, following):
-        following += carried
-        for step in range(4):
-            at = e.b.mul(e.b.add(index, e.int64(step)), e.int64(4))
-            weight = e.broadcast(e.b.load(e.address(values, at), typ=e.f32, align=4))
-            row = e.address(activations, e.b.sext(e.b.load(e.address(indices, at), typ=e.i32, align=4), e.i64))
-            for vector in range(vectors):
-                found = held
-                if operands == "memory":
-                    found = e.load_vector(e.address(row, e.int64(4 * target.lanes * vector)))
-                following[vector] = e.multiply_add(
-                    held if operands == "registers" else weight, found, following[vector]
-                )
-    for vector, total in enumerate(following):
-        e.store_vector(total, e.address(out, e.int64(4 * target.lanes * vector)))
-    e.b.ret_void()
-    code = compile_function(e.text(), name=FUNCTION, features=target.feature_string)
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 4)(code.address)
-    memory = torch.zeros(_ROWS * _PITCH + 4096, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    offsets = (torch.randint(_ROWS, (_WEIGHTS,), generator=generator) * _PITCH).int()
-    ones, sums = torch.ones(_WEIGHTS), torch.empty(vectors * target.lanes)
-    first = -memory.data_ptr() % 64 + memory.data_ptr()
-
-    def run(offset: int) -> None:
-        table = (ctypes.c_int64 * 4)(first + offset, offsets.data_ptr(), ones.data_ptr(), sums.data_ptr())
-        call(ctypes.addressof(table), _WEIGHTS, 0, 0, 0)
-
-    run.code = code, memory, offsets, ones, sums  # type: ignore[attr-defined]  # they outlive the addresses
-    return run
-
-
-class Limits:
-    """The inner loop by itself, in billions of operations a second."""
-
-    def __init__(self) -> None:
-        registers, memory = inner_loop("registers", _SUMS), inner_loop("memory", _VECTORS)
-        self._loops: dict[str, tuple[int, Callable[[], None]]] = {
-            "registers": (_SUMS, lambda: registers(0)),
-            "first-level cache": (_VECTORS, lambda: memory(0)),
-            "first-level cache, across lines": (_VECTORS, lambda: memory(4)),
-        }
-        self.found: dict[str, list[float]] = {name: [] for name in self._loops}
-
-    def measure(self, runs: int = 20) -> None:
-        """Add a round: the best of some short runs of each loop."""
-        for name, (sums, run) in self._loops.items():
-            best = min(seconds(run) for _ in range(runs))
-            self.found[name].append(2 * host_target().lanes * sums * _WEIGHTS / best / 1e9)
-
-    def medians(self) -> dict[str, float]:
-        return {name: round(statistics.median(found), 1) for name, found in self.found.items()}
 
 
 Work = list[tuple[Step, PlaneKernel, list[KernelPiece]]]
@@ -224,7 +145,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(1)
     shown = NetworkSettings(network=settings.network, masks=settings.masks, seed=settings.seed)
     model, inputs, layers = networks(shown)
-    given = {**asdict(settings), "out": None, "vectors": _VECTORS, "sums in registers": _SUMS, "bands": _BANDS}
+    given = {**asdict(settings), "out": None, "bands": _BANDS}
     report: dict[str, Any] = {"machine": machine(), "settings": given, "limits": {}, "results": {}}
     for sparsity in settings.sparsities:
         deployed = deploy(pruned(model, layers, sparsity, shown), inputs, threads=1, rivals=())

@@ -110,7 +110,7 @@ def profile_table() -> str:
 def limits_table() -> str:
     """The inner loop by itself beside the whole network, as the page shows it."""
     (first, *_) = PROFILE["limits"].values()
-    lines = [f"| sparsity | {' | '.join(first)} | the network |", "| --- | " + "---: | " * (len(first) + 1)]
+    lines = [f"| sparsity | {' | '.join(first)} | network |", "| --- | " + "---: | " * (len(first) + 1)]
     for sparsity, found in PROFILE["limits"].items():
         cells = [*found.values(), PROFILE["results"][sparsity]["all"]["gigaflops_in_order"]]
         lines.append(f"| {sparsity} | {' | '.join(f'{speed:.0f}' for speed in cells)} |")
