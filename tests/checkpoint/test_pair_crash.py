@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import itertools
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sparsetwin.checkpoint import Pair
+from sparsetwin.checkpoint import pair as pair_module
 from sparsetwin.errors import CheckpointError
 
 
@@ -150,12 +152,29 @@ def test_a_pair_can_be_read_while_it_is_being_replaced(tmp_path, network, pruned
     assert reads
 
 
+def test_a_pair_that_never_stays_the_same_is_given_up(tmp_path, network, pruned, sparse_view, later, monkeypatch):
+    pair = Pair(tmp_path)
+    pair.save(pruned, sparse_view)
+    others, read = itertools.cycle((later, (pruned, sparse_view))), pair_module.load_sparse
+
+    def overtaken(path):
+        found = read(path)
+        Pair(tmp_path).save(*next(others))
+        return found
+
+    monkeypatch.setattr(pair_module, "load_sparse", overtaken)
+    monkeypatch.setattr(pair_module, "_PATIENCE", 0.2)
+    with pytest.raises(CheckpointError, match="changes faster than member 'sparse' can be read"):
+        pair.sparse(network)
+
+
 _KILL_MANY = """
 import os, random, signal, sys, time
 import torch
 from dataclasses import dataclass, field
 from torch import nn
 from sparsetwin.checkpoint import Pair
+from sparsetwin.checkpoint import pair as pair_module
 torch.set_num_threads(1)  # threads do not survive a fork
 
 @dataclass

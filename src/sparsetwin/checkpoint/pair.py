@@ -7,6 +7,7 @@ what a killed process left. ``README.md``, the card, is written from ``pair.json
 """
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,9 @@ from sparsetwin.checkpoint.sparse_file import SparseNetwork, load_masks, load_sp
 from sparsetwin.errors import CheckpointError, StateError, nearest
 from sparsetwin.masking import Masks, SparseView
 
-_ATTEMPTS = 5  # of reading a member that another process is replacing at that moment
+_ATTEMPTS = 5  # of reading a member while another process is about to replace it
+_PAUSE = 0.01  # seconds between them
+_PATIENCE = 30.0  # seconds in which a pair may change again and again before a member is read
 T = TypeVar("T")
 
 
@@ -243,7 +246,8 @@ class Pair:
 
     def _verified(self, name: str, read: Callable[[Path], T]) -> T:
         """Read a member's file, sure that it is the listed one, also while another process replaces it."""
-        for attempt in range(_ATTEMPTS):
+        give_up, unchanged = time.monotonic() + _PATIENCE, 0
+        while True:
             pair = self._read()
             try:
                 path = self._path(member := self._member(self._resolved(pair), name))
@@ -255,11 +259,15 @@ class Pair:
                 result = read(path)
                 if _identity(path) == before:
                     return result
+                unchanged = 0
             except CheckpointError:
-                settled = pair.switching_to is None and self._read() == pair
-                if settled or attempt == _ATTEMPTS - 1:
+                unchanged = unchanged + 1 if self._read() == pair else 0
+                settled = unchanged and pair.switching_to is None
+                if settled or unchanged == _ATTEMPTS or time.monotonic() > give_up:
                     raise
-        raise CheckpointError(f"{self.folder} changes faster than member {name!r} can be read")
+            if time.monotonic() > give_up:
+                raise CheckpointError(f"{self.folder} changes faster than member {name!r} can be read")
+            time.sleep(_PAUSE)
 
     def _read(self) -> PairFile:
         path = self.folder / "pair.json"
