@@ -90,13 +90,14 @@ class SparseLinear:
         shape = (*x.shape[:-1], self.out_features)
         if residual is not None and tuple(residual.shape) != shape:
             raise ConfigError(f"the residual has shape {tuple(residual.shape)}; expected {shape}")
-        flat = x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         tokens = flat.shape[0]
         if residual is not None:
             check_float32(residual, "the residual")
             residual = residual.reshape(-1, self.out_features)
         if 1 <= tokens <= MAX_TOKENS and residual is None and self.in_features <= COLUMNS_LIMIT:
-            return self._token_product(tokens)(flat.contiguous(), pool=pool).reshape(shape)
+            y = self._token_product(tokens)(flat.contiguous(), pool=pool)
+            return y if flat is x else y.reshape(shape)
         out = torch.empty(tokens, self.out_features)
         pieces: list[Piece] = [
             partial(self._run_chunk, flat, residual, out, start) for start in range(0, tokens, self.chunk)
@@ -105,7 +106,7 @@ class SparseLinear:
             self._run_chunk(flat, residual, out, 0, pool=pool)
         else:
             run_pieces(pieces, pool if worth_threads(self.matrix, tokens) else None)
-        return out.reshape(shape)
+        return out if flat is x else out.reshape(shape)
 
     @torch.no_grad()
     def _run_chunk(
