@@ -94,6 +94,32 @@ def test_the_table_of_one_token_is_that_of_the_results():
     assert tokens_table() in PAGE
 
 
+def trained_table() -> str:
+    """A trained network on every engine, as the page shows it."""
+    contests = {
+        (sparsity, contest["batch"]): {row["engine"]: row for row in contest["rows"]}
+        for sparsity in ("90", "95")
+        for contest in json.loads((BENCHMARKS / "inference-trained" / f"resnet20-{sparsity}.json").read_text())[
+            "contests"
+        ]
+    }
+    names = list(dict.fromkeys(name for rows in contests.values() for name in rows))
+    lines = [f"| engine | {' | '.join(f'{sparsity}%, batch {batch}' for sparsity, batch in contests)} |"]
+    lines.append("| --- " + "| ---: " * len(contests) + "|")
+    for name in names:
+        cells = [
+            f"{rows[name]['median_ms']:.2f} ms, {rows[name]['median_ms'] / rows['sparsetwin']['median_ms']:.2f}x"
+            for rows in contests.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_a_trained_network_is_that_of_the_results():
+    assert trained_table().count("\n") > 5
+    assert trained_table() in PAGE
+
+
 def profile_table() -> str:
     """Where the time goes, as the page shows it."""
     names = "in order | alone | from the cache | billion operations a second, in order"
