@@ -23,8 +23,8 @@ from sparsetwin.kernels._emitter import FUNCTION, Emitter
 from sparsetwin.kernels._launch import Addresses
 from sparsetwin.kernels._llvm import compile_function
 
-VECTORS = 8  # of a tile, as the widest that kernels have by default
-SUMS = 10  # as many as hide the latency of multiply-adds
+_VECTORS = 8  # of a tile, as the widest that kernels have by default
+_SUMS = 10  # as many as hide the latency of multiply-adds
 _WEIGHTS, _REPEATS = 1024, 64  # of the inner loop by itself
 _ROWS, _PITCH = 32, 13 * 64  # of its activations: 8 KiB are touched
 _KEPT = (8, 16, 32)  # weights of a row
@@ -82,14 +82,14 @@ def inner_loop(operands: Literal["registers", "memory"], vectors: int) -> Callab
 
 def short_rows(kept: int) -> tuple[float, Run]:
     """Return the operations of some products with so many weights a row on average, and what runs them."""
-    columns = VECTORS * host_target().lanes
+    columns = _VECTORS * host_target().lanes
     generator = torch.Generator().manual_seed(0)
     x, out = torch.zeros(_MATRIX_COLUMNS, columns + 16), torch.empty(columns)  # an odd number of lines from row to row
     products, pieces = [], []
     for _ in range(_MATRICES):
         weight = (torch.rand(_MATRIX_ROWS, _MATRIX_COLUMNS, generator=generator) < kept / _MATRIX_COLUMNS).float()
         product = SparseProduct(
-            CSRBlocks.from_dense(weight), columns=columns, pitch=x.stride(0), tiling=Tiling(vectors=VECTORS)
+            CSRBlocks.from_dense(weight), columns=columns, pitch=x.stride(0), tiling=Tiling(vectors=_VECTORS)
         )
         at = Addresses(input=x.data_ptr(), output=out.data_ptr(), output_pitch=0)
         pieces += product._product.pieces(at, threads=1)
@@ -107,12 +107,12 @@ class Limits:
     """Billions of operations a second, round by round."""
 
     def __init__(self) -> None:
-        registers, memory = inner_loop("registers", SUMS), inner_loop("memory", VECTORS)
+        registers, memory = inner_loop("registers", _SUMS), inner_loop("memory", _VECTORS)
         each = 2.0 * host_target().lanes * _WEIGHTS * _REPEATS
         self._runs: dict[str, tuple[float, Run]] = {
-            "registers": (each * SUMS, lambda: registers(0)),
-            "first-level cache": (each * VECTORS, lambda: memory(0)),
-            "across lines": (each * VECTORS, lambda: memory(4)),
+            "registers": (each * _SUMS, lambda: registers(0)),
+            "first-level cache": (each * _VECTORS, lambda: memory(0)),
+            "across lines": (each * _VECTORS, lambda: memory(4)),
             **{f"rows of {kept}": short_rows(kept) for kept in _KEPT},
         }
         self.found: dict[str, list[float]] = {name: [] for name in self._runs}

@@ -174,7 +174,6 @@ import torch
 from dataclasses import dataclass, field
 from torch import nn
 from sparsetwin.checkpoint import Pair
-from sparsetwin.checkpoint import pair as pair_module
 torch.set_num_threads(1)  # threads do not survive a fork
 
 @dataclass

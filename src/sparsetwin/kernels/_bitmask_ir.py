@@ -11,24 +11,17 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
-from sparsetwin.kernels._specification import VALUE_BYTES, Activation, ValueFormat, check_activation
-from sparsetwin.kernels._target import Target
+from sparsetwin.kernels._specification import VALUE_BYTES, TokenSpecification
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitmaskSpecification:
-    """A kernel for ``tokens`` rows of activations against every row of a bitmask matrix."""
+class BitmaskSpecification(TokenSpecification):
+    """A kernel for ``tokens`` rows of activations against every row of a bitmask matrix; 8 or 16 lanes, a word."""
 
-    target: Target
-    lanes: int  # columns a mask word; 8 or 16
     tokens: int
-    value: ValueFormat = "float32"
-    scaled: bool = False
-    bias: bool = False
-    activation: Activation | None = None
 
     def __post_init__(self) -> None:
-        check_activation(self.activation)
+        super().__post_init__()
         if self.lanes not in (8, 16):
             raise ConfigError(f"a mask word has 8 or 16 bits, got lanes={self.lanes}")
         if not 1 <= self.tokens <= 8:

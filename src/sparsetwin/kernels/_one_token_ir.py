@@ -12,23 +12,15 @@ from typing import Any
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.kernels._emitter import Emitter
-from sparsetwin.kernels._specification import VALUE_BYTES, Activation, ValueFormat, check_activation
-from sparsetwin.kernels._target import Target
+from sparsetwin.kernels._specification import VALUE_BYTES, TokenSpecification
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneTokenSpecification:
-    """A kernel for one row of activations against every row of a matrix with 16-bit columns."""
-
-    target: Target
-    lanes: int  # kept weights at a time; 4 or 8
-    value: ValueFormat = "float32"
-    scaled: bool = False
-    bias: bool = False
-    activation: Activation | None = None
+class OneTokenSpecification(TokenSpecification):
+    """A kernel for one row of activations against every row of a matrix with 16-bit columns; 4 or 8 lanes."""
 
     def __post_init__(self) -> None:
-        check_activation(self.activation)
+        super().__post_init__()
         if self.lanes not in (4, 8):
             raise ConfigError(f"a kernel for one token takes 4 or 8 weights at a time, got lanes={self.lanes}")
 

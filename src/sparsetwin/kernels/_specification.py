@@ -77,6 +77,21 @@ class ProductSpecification:
         return rows - rows % self.together
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenSpecification:
+    """What kernels for a few tokens have in common that take a row's weights many at a time."""
+
+    target: Target
+    lanes: int  # of one vector
+    value: ValueFormat = "float32"
+    scaled: bool = False
+    bias: bool = False
+    activation: Activation | None = None
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+
+
 LINE_BYTES = 64  # of a cache line
 ELEMENT_BYTES: dict[Element, int] = {"float32": 4, "float16": 2}
 VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
