@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -105,7 +106,6 @@ class TestGoingOn:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (("--methods", "acdc", "static", "--seeds", 2), "its seeds differ"),
             (("--methods", "acdc", "gmp", "--seeds", 1), "its contenders differ"),
             (("--methods", "acdc", "static", "--seeds", 1, "--sparsities", 0.8), "its sparsities differ"),
             (("--methods", "acdc", "static", "--seeds", 1, "--optimizer.lr", 0.01), "its recipe differs"),
@@ -120,6 +120,39 @@ class TestGoingOn:
         assert "holds another comparison" in done.error
         assert message in done.error
         assert stamps(compared) == before
+
+    def test_more_seeds_methods_and_equal_flops_are_added_to_what_there_is(self, cli: Commands, compared: Path) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        before = stamps(cli.folder / "c")
+        grown = (*ONE, "--methods", "acdc", "static", "set", "--seeds", 2, "--equal-flops", "static", "--out", "c")
+        done = cli.run(*grown, "--quiet")
+        assert done.code == 0, done.err
+        assert before.items() <= stamps(cli.folder / "c").items()
+        rows = {row["label"]: row for row in table(cli.folder / "c")}
+        assert {label: row["seeds"] for label, row in rows.items()} == {"acdc": "2", "static": "2", "set": "2"}
+        assert {row["label"] for row in table(cli.folder / "c", "comparison-equal-flops")} == {"acdc", "static"}
+        described = json.loads((cli.folder / "c" / "comparison.json").read_text())
+        first = json.loads((compared / "comparison.json").read_text())
+        assert [before["command"] for before in described["before"]] == [first["command"]]
+        assert "--seeds 2" in described["command"]
+        page = (cli.folder / "c" / "comparison.html").read_text()
+        assert "part 1" in page
+        assert "Equal training FLOPs: of static, those" in page
+        smaller = cli.run(*ONE, "--methods", "acdc", "static", "--seeds", 1, "--out", "c")
+        assert smaller.code == 1
+        assert "its contenders differ" in smaller.error
+
+    def test_a_run_of_other_settings_is_not_taken_for_one_of_the_comparison(
+        self, cli: Commands, compared: Path
+    ) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        description = cli.folder / "c" / "runs" / "static" / "0.9" / "seed-0" / "run.json"
+        described = json.loads(description.read_text())
+        described["config"]["optimizer"]["lr"] *= 2
+        description.write_text(json.dumps(described))
+        done = cli.run(*ONE, "--methods", "acdc", "static", "--seeds", 1, "--out", "c")
+        assert done.code == 1
+        assert "static/0.9/seed-0 has other settings than this comparison would give it (optimizer)" in done.error
 
     @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_one_that_is_stopped_goes_on_and_ends_with_the_same_numbers(

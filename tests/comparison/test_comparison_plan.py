@@ -206,10 +206,11 @@ class TestTasks:
         assert initial[0] < initial[2] < initial[1]
 
     def test_cheaper_methods_run_again_as_long_as_the_flops_of_the_reference_last(self):
-        asked = plan("acdc", "static", sparsities=(0.9,), seeds=(0,), equal_flops=True)
+        asked = plan("acdc", "static", "set", sparsities=(0.9,), seeds=(0,), equal_flops=("static",))
         outcomes = {
             Path("runs/acdc/0.9/seed-0"): Outcome(holdout=0.9, training_flops=600),
             Path("runs/static/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),
+            Path("runs/set/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),
         }
         longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
         assert [(task.label, task.recipe.train.epochs) for task in longer] == [("static", 6 * DIGITS.train.epochs)]
@@ -238,7 +239,7 @@ class TestTasks:
         assert longer.schedule.build(steps_per_epoch=18, epochs=66).total_steps == 1188
 
     def test_pretraining_is_part_of_equal_flops(self):
-        asked = plan("acdc", "oneshot-pretrained", sparsities=(0.9,), seeds=(0,), equal_flops=True)
+        asked = plan("acdc", "oneshot-pretrained", sparsities=(0.9,), seeds=(0,), equal_flops=("oneshot-pretrained",))
         outcomes = {
             Path("runs/pretrained/seed-0"): Outcome(holdout=0.9, training_flops=300),
             Path("runs/acdc/0.9/seed-0"): Outcome(holdout=0.9, training_flops=600),
@@ -248,8 +249,35 @@ class TestTasks:
         assert [task.recipe.train.epochs for task in longer] == [3 * DIGITS.train.epochs]
         assert longer[0].pretrained == Path("runs/pretrained/seed-0")
 
+    @pytest.mark.parametrize("label", ["acdc", "dense", "rigl"])
+    def test_equal_flops_of_what_is_not_beside_the_reference_are_refused(self, label):
+        with pytest.raises(ConfigError, match=rf"sparsity beside acdc, not for {label}; these are: static$"):
+            plan("acdc", "static", "dense", equal_flops=(label,))
+
+    @pytest.mark.parametrize(
+        ("changes", "unlike"),
+        [
+            ({}, []),
+            ({"seeds": (0, 1, 2)}, []),
+            ({"seeds": (2, 1, 0), "sparsities": (0.95, 0.8, 0.9)}, []),
+            ({"equal_flops": ("gmp", "static")}, []),
+            ({"seeds": (0,)}, ["seeds"]),
+            ({"sparsities": (0.9,), "equal_flops": ()}, ["equal_flops", "sparsities"]),
+            ({"trials": 1}, ["trials"]),
+            ({"reference": "static", "equal_flops": ("gmp",)}, ["equal_flops", "reference"]),
+            ({"recipe": changed(DIGITS, {"optimizer.lr": 1})}, ["recipe"]),
+        ],
+    )
+    def test_a_plan_may_grow_and_nothing_else(self, changes, unlike):
+        earlier = plan("acdc", "static", equal_flops=("static",)).plain()
+        usual = {"equal_flops": ("static",)}
+        assert plan("gmp", "acdc", "static", **{**usual, **changes}).unlike(earlier) == unlike
+        assert plan("acdc", "gmp", "mine=rigl", equal_flops=()).unlike(earlier) == ["contenders", "equal_flops"]
+        other = plan("acdc", "static=static,optimizer.lr=1", equal_flops=("static",))
+        assert other.unlike(earlier) == ["contenders"]
+
     def test_a_dense_reference_stands_beside_every_sparsity(self):
-        asked = plan("dense", "static", sparsities=(0.9,), seeds=(0,), equal_flops=True, reference="dense")
+        asked = plan("dense", "static", sparsities=(0.9,), seeds=(0,), equal_flops=("static",), reference="dense")
         outcomes = {
             Path("runs/dense/dense/seed-0"): Outcome(holdout=0.9, training_flops=1000),
             Path("runs/static/0.9/seed-0"): Outcome(holdout=0.9, training_flops=100),

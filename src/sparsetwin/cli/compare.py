@@ -45,8 +45,9 @@ class Compare:
     """Seeds, counted from the recipe's own."""
     trials: int = 0
     """Runs in which each method's settings are chosen on the hold-out, for each sparsity; 0 takes the recipe's."""
-    equal_flops: Switch = False
-    """Train methods that cost less than the reference once more, as long as its FLOPs last."""
+    equal_flops: tuple[str, ...] | None = None
+    """Train methods that cost less than the reference once more, as long as its FLOPs last: those with these labels, or
+    without any all of them."""
     reference: str | None = None
     """What the others are compared with, by its label; by default acdc if it is among them, else the first."""
     jobs: int = 0
@@ -73,14 +74,17 @@ def main(arguments: Sequence[str]) -> int:
     check_recipe(recipe)
     contenders = tuple(find_contender(text) for text in args.methods)
     labels = [contender.label for contender in contenders]
+    reference = args.reference or ("acdc" if "acdc" in labels else (labels or [""])[0])
     plan = Plan(
         recipe=recipe,
         contenders=contenders,
         sparsities=args.sparsities,
         seeds=tuple(range(recipe.seed, recipe.seed + args.seeds)),
         trials=args.trials,
-        equal_flops=args.equal_flops,
-        reference=args.reference or ("acdc" if "acdc" in labels else (labels or [""])[0]),
+        equal_flops=_longer(
+            args.equal_flops, labels=[c.label for c in contenders if not c.is_dense], reference=reference
+        ),
+        reference=reference,
     )
     out = args.out or Path("runs") / f"compare-{name.replace(':', '-')}"
     is_short = recipe.train.epochs < _SHORT_EPOCHS or name == "digits"
@@ -117,6 +121,13 @@ def _stopping_at_once() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _longer(asked: tuple[str, ...] | None, *, labels: Sequence[str], reference: str) -> tuple[str, ...]:
+    """Return the labels that are trained to equal FLOPs: those asked for, all if none is named, none if not asked."""
+    if asked is None:
+        return ()
+    return asked or tuple(label for label in labels if label != reference)
 
 
 def _jobs(recipe: Recipe) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sparsetwin.comparison._contenders import Contender
 from sparsetwin.comparison._plan import TUNING_SEED, Plan, Task
@@ -33,7 +34,7 @@ def compare(
     """Run what of a comparison is not finished, and write its tables.
 
     A comparison that was stopped goes on where it was, run by run and step by step; one that is finished writes its
-    tables anew.
+    tables anew, and one that has grown by contenders, sparsities or seeds trains those.
 
     Args:
         plan: What is compared.
@@ -50,13 +51,13 @@ def compare(
 
     Raises:
         ConfigError: If a contender cannot be trained with the recipe.
-        UsageError: If the folder holds another comparison, or something else.
+        UsageError: If the folder holds another comparison, a run of other settings, or something else.
         TrainingError: If a run ends for another reason than that training came to nothing.
     """
     plan.check()
     described = _describe(plan, recipe_name=recipe_name, command=command)
     runner = Runner(out=out, recipe_name=recipe_name, data=data, jobs=jobs, on_progress=on_progress)
-    _begin(out / _PLAN, described)
+    _begin(out / _PLAN, described, plan)
     known = runner.run(plan)
     return write_tables(plan, known, out, notes=notes, about=_about(json.loads((out / _PLAN).read_text())))
 
@@ -95,8 +96,8 @@ def _said(plan: Plan) -> list[str]:
         )
     if plan.equal_flops:
         said.append(
-            f"Equal training FLOPs: methods that cost less than {plan.reference} are trained once more, for as many "
-            "epochs as its FLOPs last. Those that cost as much or more are not in that table."
+            f"Equal training FLOPs: of {', '.join(plan.equal_flops)}, those that cost less than {plan.reference} are "
+            "trained once more, for as many epochs as its FLOPs last. No others are in that table."
         )
     if plan.trials:
         spaces = "; ".join(_space(contender) for contender in plan.contenders)
@@ -134,36 +135,49 @@ def _describe(plan: Plan, *, recipe_name: str, command: str) -> dict[str, object
     }
 
 
-def _begin(path: Path, described: dict[str, object]) -> None:
-    """Write the plan down, or refuse to go on with another one."""
+def _begin(path: Path, described: dict[str, object], plan: Plan) -> None:
+    """Write the plan down, or refuse to go on with one that the folder's has not grown into."""
     out, temporary = path.parent, path.with_suffix(".tmp")
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(entry != temporary for entry in out.iterdir())):
-            raise UsageError(f"{out} holds other files; give a new or an empty folder (--out)")
-        out.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))["plan"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not what a comparison wrote; choose another folder (--out)") from error
-    here = described["plan"]
-    assert isinstance(here, dict)
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
+    if path.exists():
+        there = _read(path)
+        if unlike := plan.unlike(there["plan"]):
             raise UsageError(
-                f"{out} holds another comparison: its {name} {_are(name)}; choose another folder (--out), or give the "
-                "command of that one to go on with it"
+                f"{out} holds another comparison: its {unlike[0]} {_are(unlike[0])}; choose another folder (--out), or "
+                "give the command of that one to go on with it. It may only grow: contenders, sparsities and seeds"
             )
+        if there["plan"] == described["plan"]:
+            return
+        described = {**described, "before": [*there.get("before", []), _without(there, "plan", "before")]}
+    elif out.exists() and (not out.is_dir() or any(entry != temporary for entry in out.iterdir())):
+        raise UsageError(f"{out} holds other files; give a new or an empty folder (--out)")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if there["version"] == 1 and isinstance(there["plan"], dict):
+            return there
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(f"{path} is not what a comparison wrote; choose another folder (--out)")
+
+
+def _without(described: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name not in names}
 
 
 def _are(name: str) -> str:
     return "differ" if name.endswith("s") else "differs"
 
 
-def _about(described: dict[str, object]) -> dict[str, str]:
+def _about(described: dict[str, Any]) -> dict[str, str]:
     def flat(values: object) -> str:
         return ", ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else str(values)
 
-    return {name: flat(described[name]) for name in ("recipe", "machine", "versions", "git_commit", "command")}
+    about = {name: flat(described[name]) for name in ("recipe", "machine", "versions", "git_commit", "command")}
+    for number, before in enumerate(described.get("before", []), 1):
+        about[f"part {number}"] = f"{before['command']} (git_commit {before['git_commit']}, {flat(before['machine'])})"
+    return about

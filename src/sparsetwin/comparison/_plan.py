@@ -16,6 +16,8 @@ from sparsetwin.comparison._spaces import trial_changes
 from sparsetwin.errors import ConfigError, SparsetwinError
 from sparsetwin.recipes import MethodSettings, Recipe, check_recipe, recipe_from_plain
 
+_GROWING = ("contenders", "equal_flops", "seeds", "sparsities")
+
 TUNING_SEED = 1000
 """Seed of all trials; the compared runs have seeds of their own."""
 
@@ -29,7 +31,7 @@ class Plan:
     sparsities: tuple[float, ...]
     seeds: tuple[int, ...]
     trials: int = 0  # runs in which each contender's settings are chosen on the hold-out; 0 takes them as they are
-    equal_flops: bool = False  # whether contenders that cost less than the reference are run longer as well
+    equal_flops: tuple[str, ...] = ()  # labels of contenders that are run longer as well if they cost less
     reference: str  # label of the contender that the others are compared with
 
     def __post_init__(self) -> None:
@@ -45,6 +47,13 @@ class Plan:
                 raise ConfigError(f"the {name} of a comparison differ from each other, got {values}")
         if self.reference not in labels:
             raise ConfigError(f"the others are compared with {self.reference}, which is not among: {', '.join(labels)}")
+        beside = [c.label for c in self.contenders if not c.is_dense and c.label != self.reference]
+        for label in self.equal_flops:
+            if label not in beside:
+                raise ConfigError(
+                    f"equal FLOPs are for contenders with a sparsity beside {self.reference}, not for {label}; "
+                    f"these are: {', '.join(beside) or 'none'}"
+                )
         self._check_tuning()
 
     def reference_at(self, sparsity: float | None) -> float | None:
@@ -76,6 +85,21 @@ class Plan:
                 except SparsetwinError as error:
                     at = "" if sparsity is None else f" at sparsity {sparsity:g}"
                     raise ConfigError(f"{contender.label}{at}: {error}") from error
+
+    def unlike(self, earlier: Mapping[str, Any]) -> list[str]:
+        """Return the names of fields by which this plan is not an earlier one, nor one that has grown from it.
+
+        Args:
+            earlier: As `plain` gave it. A grown plan has all its contenders, sparsities and seeds, and maybe more.
+        """
+        here = self.plain()
+        grown = {
+            name for name in _GROWING
+            if name in earlier and all(value in here[name] for value in earlier[name])
+        }  # fmt: skip
+        return sorted(
+            name for name in {*here, *earlier} - grown if name not in earlier or earlier[name] != here.get(name)
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, by which a resumed comparison is known to be the same."""
@@ -220,11 +244,11 @@ def _runs(
     )
     reference = outcomes.get(_folder("runs", plan.reference, plan.reference_at(sparsity), recipe.seed))
     own = outcomes.get(folder)
-    if not plan.equal_flops or sparsity is None or reference is None or own is None or not own.training_flops:
+    if sparsity is None or reference is None or own is None or not own.training_flops:
         return
     before = outcomes[pretrained].training_flops if pretrained is not None else 0
     epochs = round(recipe.train.epochs * (reference.training_flops - before) / own.training_flops)
-    if contender.label != plan.reference and epochs > recipe.train.epochs:
+    if contender.label in plan.equal_flops and epochs > recipe.train.epochs:
         longer = lengthened(recipe, epochs)
         folder = _folder("equal-flops", contender.label, sparsity, recipe.seed)
         yield Task(

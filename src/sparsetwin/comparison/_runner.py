@@ -1,5 +1,6 @@
 """Runs of a comparison as processes of their own, several at a time; what has finished is never run again."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,10 +18,10 @@ import torch
 
 from sparsetwin.comparison._contenders import changed
 from sparsetwin.comparison._plan import Outcome, Plan, Task, tasks
-from sparsetwin.errors import ConfigError, SparsetwinError, TrainingError
-from sparsetwin.recipes import build_run, describe, recipe_from_plain
+from sparsetwin.errors import ConfigError, SparsetwinError, TrainingError, UsageError
+from sparsetwin.recipes import Recipe, build_run, describe, recipe_from_plain
 from sparsetwin.report import read_run, write_report
-from sparsetwin.training import RunFolder, choose_device
+from sparsetwin.training import OWN, RunFolder, choose_device
 
 FAILED = "failed.txt"
 """File in the folder of a run whose training came to nothing: why."""
@@ -75,6 +76,7 @@ class Runner:
 
         Raises:
             TrainingError: If a run ends for another reason than that training came to nothing.
+            UsageError: If a run was begun with other settings, as another version may have chosen them.
             KeyboardInterrupt: After every running process has saved where it is.
         """
         outcomes: dict[Path, Outcome] = {}
@@ -99,11 +101,27 @@ class Runner:
             found = {t.folder: o for t in known if t.folder not in outcomes and (o := outcome(self.out / t.folder))}
             if not found:
                 return known
+            for task in known:
+                if task.folder in found:
+                    self._check(task)
             outcomes |= found
+
+    def _check(self, task: Task) -> None:
+        """Refuse a folder whose run has other settings than the task: its numbers would stand for what they are not."""
+        there = _settings(recipe_from_plain(RunFolder(self.out / task.folder).read()["config"]))
+        here = _settings(task.recipe)
+        if unlike := sorted(name for name in {*there, *here} if there.get(name) != here.get(name)):
+            raise UsageError(
+                f"the run in {self.out / task.folder} has other settings than this comparison would give it "
+                f"({', '.join(unlike)}); another version of sparsetwin may have begun it. Go on with that version, or "
+                "choose another folder (--out)"
+            )
 
     def _start(self, task: Task) -> None:
         folder = RunFolder(self.out / task.folder)
-        if not folder.description.exists():
+        if folder.description.exists():
+            self._check(task)
+        else:
             recipe = task.recipe
             if task.pretrained is not None:
                 recipe = changed(recipe, {"pretrained": str(self.out / task.pretrained)})
@@ -144,6 +162,14 @@ class Runner:
     def _tell(self, known: list[Task], outcomes: Mapping[Path, Outcome]) -> None:
         failed = sum((self.out / folder / FAILED).exists() for folder in outcomes)
         self.on_progress(Progress(len(outcomes), failed, len(known), tuple(map(str, self._running))))
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's sections as JSON has them, without the places of trained networks, which may be moved."""
+    if recipe.train.teacher not in (None, OWN):
+        recipe = changed(recipe, {"train.teacher": "elsewhere"})
+    plain: dict[str, Any] = json.loads(json.dumps(changed(recipe, {"pretrained": None}).plain()))
+    return plain
 
 
 def train_quietly(path: Path, log: Path) -> None:
