@@ -135,6 +135,20 @@ class TestSpaces:
         for knob in knobs_of(contender):
             assert len({str(changes[knob.path]) for changes in drawn}) == len(knob.values)
 
+    def test_learning_rates_and_weight_decays_are_tried_in_the_same_order_by_all(self):
+        common = ("optimizer.lr", "optimizer.weight_decay")
+        drawn = {}
+        for label in ("acdc", "rigl", "dense", "acdc+ham"):
+            contender = find_contender(label)
+            base = contender_recipe(plan(label, reference=label), contender, None if contender.is_dense else 0.9)
+            drawn[label] = [
+                tuple(trial_changes(contender, base, trial=t, seed=TUNING_SEED)[name] for name in common)
+                for t in range(1, 13)
+            ]
+        assert drawn["acdc"] == drawn["rigl"] == drawn["dense"] == drawn["acdc+ham"]
+        assert drawn["acdc"][:3] == [(0.2, 5e-4), (0.05, 1e-3), (0.1, 1.25e-4)]
+        assert len(set(drawn["acdc"])) == 12  # every pair
+
     def test_values_that_the_sparsity_does_not_allow_are_not_drawn(self):
         contender = find_contender("topkast")
         base = contender_recipe(plan("topkast", reference="topkast"), contender, 0.7)

@@ -104,7 +104,8 @@ def _said(plan: Plan) -> list[str]:
         said.append(
             f"Settings: the best of {plan.trials} trials for each method and sparsity, by hold-out accuracy after the "
             f"last epoch at the seed {TUNING_SEED}, which no compared run has. The first trial has the recipe's "
-            f"settings, each of the others draws: {spaces}."
+            "settings; the others go through learning rates and weight decays in this order and draw the rest: "
+            f"{spaces}."
         )
     else:
         said.append("Settings were not tuned: every method has the recipe's.")

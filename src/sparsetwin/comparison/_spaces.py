@@ -1,7 +1,8 @@
 """What is tuned, over which values: the same search space and number of trials for every method.
 
-Trial 0 has the recipe's own settings; every other trial draws each knob anew. Learning rate and weight decay are tuned
-for all; a method's own knobs are those that its authors tune.
+Trial 0 has the recipe's own settings. Learning rate and weight decay are tuned for all: the trials after it go through
+their values in order, the same for every method. A method's own knobs, which are those that its authors tune, are drawn
+anew in each of these trials.
 """
 
 from collections.abc import Mapping
@@ -25,10 +26,10 @@ class Knob:
 
 
 COMMON = (
-    Knob("optimizer.lr", (0.25, 0.5, 1.0, 2.0), "own"),
-    Knob("optimizer.weight_decay", (0.25, 1.0, 2.0), "own"),
+    Knob("optimizer.lr", (2.0, 0.5, 1.0, 0.25), "own"),
+    Knob("optimizer.weight_decay", (1.0, 2.0, 0.25), "own"),
 )
-"""Knobs of every contender."""
+"""Knobs of every contender; their numbers of values have no common factor, so that all pairs come."""
 
 KNOBS: Mapping[str, tuple[Knob, ...]] = {
     "acdc": (Knob("method.reset", ("all", "none")),),
@@ -73,13 +74,16 @@ def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int
     """
     if not trial:
         return {}
-    entropy = [seed, trial, *contender.label.encode()]
-    generator = np.random.default_rng(entropy)
+    generator = np.random.default_rng([seed, trial, *contender.label.encode()])
     changes: dict[str, Any] = {}
     for knob in knobs_of(contender):
         values = [value for value in (_in_unit(knob, value, recipe) for value in knob.values)
                   if _fits(changed(recipe, {knob.path: value}))]  # fmt: skip
-        if values:  # of a knob whose values all need another sparsity the recipe's own stays
+        if not values:  # of a knob whose values all need another sparsity the recipe's own stays
+            continue
+        if knob in COMMON:
+            changes[knob.path] = values[(trial - 1) % len(values)]
+        else:
             changes[knob.path] = values[int(generator.integers(len(values)))]
     return changes
 
