@@ -261,7 +261,15 @@ def test_settings_are_chosen_on_the_holdout_at_a_seed_of_their_own(cli: Commands
     assert chosen == {**configs[held.index(max(held))], "seed": 0}
     page = (folder / "comparison.html").read_text()
     assert "the best of 3 trials for each method and sparsity" in page
-    assert "optimizer.lr" in page
+    best = held.index(max(held))
+    rows = table(folder, "comparison-tuning")
+    assert [float(row["holdout_accuracy"]) for row in rows] == held
+    assert [row["chosen"] for row in rows] == [str(trial == best) for trial in range(3)]
+    assert rows[best]["settings"].startswith(f"optimizer.lr {configs[best]['optimizer']['lr']:.4g}, optimizer.weight")
+    (row,) = (folder / "comparison-tuning.md").read_text().splitlines()[2:]
+    spent = sum(final(run)["training_flops"] for run in trials) / final(trials[0])["dense_training_flops"]
+    assert row.split(" | ")[-1].rstrip(" |") == f"{100 * spent:.1f}%"
+    assert rows[best]["settings"] in page
     assert math.isfinite(float(table(folder)[0]["accuracy"]))
 
 

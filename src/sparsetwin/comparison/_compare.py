@@ -10,8 +10,16 @@ from sparsetwin.comparison._plan import TUNING_SEED, Plan, Task
 from sparsetwin.comparison._results import rows_of
 from sparsetwin.comparison._runner import Progress, Runner
 from sparsetwin.comparison._spaces import knobs_of
+from sparsetwin.comparison._tuning import tuning_of
 from sparsetwin.errors import UsageError
-from sparsetwin.report import MethodRow, method_csv, method_markdown, write_method_page
+from sparsetwin.report import (
+    MethodRow,
+    method_csv,
+    method_markdown,
+    tuning_csv,
+    tuning_markdown,
+    write_method_page,
+)
 from sparsetwin.training.environment import git_commit, machine, versions
 
 TABLES = {"epochs": "Equal epochs", "flops": "Equal training FLOPs"}
@@ -65,16 +73,20 @@ def compare(
 def write_tables(
     plan: Plan, known: list[Task], out: Path, *, notes: tuple[str, ...], about: dict[str, str]
 ) -> dict[str, list[MethodRow]]:
-    """Write ``comparison.csv``, ``.md`` and ``.html``, and one more CSV and Markdown file for equal FLOPs."""
+    """Write ``comparison.csv``, ``.md`` and ``.html``; equal FLOPs and tuning have a CSV and a Markdown file more."""
     tables = {name: rows_of(plan, known, out, table=name) for name in TABLES}
     for name, rows in tables.items():
         if rows:
             stem = "comparison" if name == "epochs" else "comparison-equal-flops"
             (out / f"{stem}.csv").write_text(method_csv(rows), encoding="utf-8")
             (out / f"{stem}.md").write_text(method_markdown(rows), encoding="utf-8")
+    if tuning := tuning_of(plan, known, out):
+        (out / "comparison-tuning.csv").write_text(tuning_csv(tuning), encoding="utf-8")
+        (out / "comparison-tuning.md").write_text(tuning_markdown(tuning), encoding="utf-8")
     titled = {TABLES[name]: rows for name, rows in tables.items()}
     title = f"{about['recipe']}: {len(plan.contenders)} methods compared"
-    write_method_page(titled, out / "comparison.html", title=title, notes=[*_said(plan), *notes], about=about)
+    notes = (*_said(plan), *notes)
+    write_method_page(titled, out / "comparison.html", title=title, notes=notes, about=about, tuning=tuning)
     return tables
 
 

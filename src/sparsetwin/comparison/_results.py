@@ -11,7 +11,7 @@ from sparsetwin.comparison._statistics import holm, paired_difference, summary
 from sparsetwin.errors import ConfigError
 from sparsetwin.metrics import count_forward_flops
 from sparsetwin.recipes import example_input, meta_model
-from sparsetwin.report import MethodRow, read_run
+from sparsetwin.report import MethodRow, Run, read_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list
         out: Folder of the comparison.
         table: "epochs", or "flops", which has the reference's own runs beside the longer ones.
     """
-    dense_forward, epochs = _dense_forward(plan), plan.recipe.train.epochs
+    yardstick = Yardstick.of(plan)
     shown = [task for task in known if task.table == table]
     if shown and table == "flops":
         shown = [task for task in known if task.table == "epochs" and task.label == plan.reference] + shown
@@ -46,17 +46,18 @@ def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list
     failed: dict[_Key, int] = {}
     for task in shown:
         key = (task.label, task.sparsity)
-        found = _result(out, task, dense_forward=dense_forward, epochs=epochs)
+        found = _result(out, task, yardstick)
         results.setdefault(key, []).extend([] if found is None else [found])
         failed[key] = failed.get(key, 0) + (found is None)
     if table == "epochs":  # of a contender whose dense run failed there is no task at all
-        failed = {key: len(plan.seeds) - len(results.get(key, [])) for key in _keys(plan)}
+        failed = {key: len(plan.seeds) - len(results.get(key, [])) for key in keys_of(plan)}
     order = {contender.label: index for index, contender in enumerate(plan.contenders)}
     keys = sorted(failed, key=lambda key: (-1.0 if key[1] is None else key[1], order[key[0]]))
     return _corrected([_row(key, results.get(key, []), failed[key], results, plan) for key in keys])
 
 
-def _keys(plan: Plan) -> list[_Key]:
+def keys_of(plan: Plan) -> list[_Key]:
+    """Return the rows that a plan asks for, by contender and sparsity."""
     return [
         (contender.label, sparsity)
         for contender in plan.contenders
@@ -64,15 +65,31 @@ def _keys(plan: Plan) -> list[_Key]:
     ]
 
 
-def _dense_forward(plan: Plan) -> int | None:
-    """Return the forward FLOPs of the plan's dense network; None if they are known to its runs only."""
-    try:
-        return count_forward_flops(meta_model(plan.recipe), example_input(plan.recipe.dataset)).total()
-    except ConfigError:
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """A dense training of the plan's network, in which the FLOPs of all runs are measured."""
+
+    forward: int | None  # FLOPs of one sample; None if they are known to the runs only
+    epochs: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Yardstick":
+        """Return the one of a plan."""
+        try:
+            forward = count_forward_flops(meta_model(plan.recipe), example_input(plan.recipe.dataset)).total()
+        except ConfigError:
+            forward = None
+        return cls(forward=forward, epochs=plan.recipe.train.epochs)
+
+    def training_flops(self, run: Run) -> float:
+        """Return the FLOPs of the dense training, by what a run knows that may be longer or of a narrower network."""
+        assert run.final is not None
+        own_forward = run.final.dense_forward_flops
+        widened = (self.forward or own_forward) / own_forward
+        return run.final.dense_training_flops * widened * (self.epochs / run.start.epochs)
 
 
-def _result(out: Path, task: Task, *, dense_forward: int | None, epochs: int) -> Result | None:
+def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
     folder = out / task.folder
     found = outcome(folder)
     if found is None or not found.training_flops:
@@ -80,9 +97,6 @@ def _result(out: Path, task: Task, *, dense_forward: int | None, epochs: int) ->
     run = read_run(folder)
     assert run.final is not None
     member = run.final.members.get("sparse") or run.final.members["dense"]
-    own_forward = run.final.dense_forward_flops
-    forward = dense_forward or own_forward  # of the plan's network, where this run has a narrower one
-    dense_flops = run.final.dense_training_flops * (forward / own_forward) * (epochs / run.start.epochs)
     spent, seconds = run.final.training_flops, sum(epoch.seconds for epoch in run.times)
     if task.pretrained is not None:
         before = read_run(out / task.pretrained)
@@ -93,8 +107,8 @@ def _result(out: Path, task: Task, *, dense_forward: int | None, epochs: int) ->
         seed=run.seed,
         accuracy=member.test.accuracy,
         sparsity=member.sparsity,
-        training_share=spent / dense_flops,
-        inference_share=member.forward_flops / forward,
+        training_share=spent / yardstick.training_flops(run),
+        inference_share=member.forward_flops / (yardstick.forward or run.final.dense_forward_flops),
         seconds=seconds,
     )
 

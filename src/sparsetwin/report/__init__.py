@@ -25,11 +25,13 @@ from sparsetwin.report.method_table import (
     write_method_page,
 )
 from sparsetwin.report.tables import HEADINGS, MemberRow, cells, lines, markdown, member_rows, verdict
+from sparsetwin.report.tuning_table import TUNING_HEADINGS, TuningRow, tuning_cells, tuning_csv, tuning_markdown
 
 __all__ = [
     "BENCH_FILE",
     "HEADINGS",
     "METHOD_HEADINGS",
+    "TUNING_HEADINGS",
     "AsInt8",
     "Epoch",
     "EpochTime",
@@ -42,6 +44,7 @@ __all__ = [
     "Quality",
     "Run",
     "Start",
+    "TuningRow",
     "cells",
     "lines",
     "markdown",
@@ -50,6 +53,9 @@ __all__ = [
     "method_csv",
     "method_markdown",
     "read_run",
+    "tuning_cells",
+    "tuning_csv",
+    "tuning_markdown",
     "verdict",
     "verdict_of",
     "write_method_page",

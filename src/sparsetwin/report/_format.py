@@ -1,6 +1,7 @@
 """Numbers as people read them; the same number always gives the same text."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 
 def percent(fraction: float, *, decimals: int = 2) -> str:
@@ -78,6 +79,18 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, its first column set to the left.
+
+    >>> print(markdown_table(["method", "seeds"], [["a|b", "3"]]), end="")
+    | method | seeds |
+    | --- | ---: |
+    | a&#124;b | 3 |
+    """
+    lines = [headings, ("---", *["---:"] * (len(headings) - 1)), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsetwin.report._drawing import MARKERS, SERIES, draw, legend_above
-from sparsetwin.report._format import percent, seconds_text, share, sparsity_text
+from sparsetwin.report._format import markdown_table, percent, seconds_text, share, sparsity_text
 from sparsetwin.report._markup import (
     Markup,
     code,
@@ -24,6 +24,7 @@ from sparsetwin.report._markup import (
     text,
 )
 from sparsetwin.report.html import write_page
+from sparsetwin.report.tuning_table import TUNING_HEADINGS, TuningRow, tuning_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +103,7 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
 
 def method_markdown(rows: Sequence[MethodRow]) -> str:
     """Return the table in Markdown."""
-    lines = [METHOD_HEADINGS, ("---", *["---:"] * (len(METHOD_HEADINGS) - 1)), *map(method_cells, rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+    return markdown_table(METHOD_HEADINGS, map(method_cells, rows))
 
 
 def method_csv(rows: Sequence[MethodRow]) -> str:
@@ -120,7 +120,13 @@ def method_csv(rows: Sequence[MethodRow]) -> str:
 
 
 def write_method_page(
-    tables: Mapping[str, Sequence[MethodRow]], out: Path, *, title: str, notes: Sequence[str], about: Mapping[str, str]
+    tables: Mapping[str, Sequence[MethodRow]],
+    out: Path,
+    *,
+    title: str,
+    notes: Sequence[str],
+    about: Mapping[str, str],
+    tuning: Sequence[TuningRow] = (),
 ) -> Path:
     """Write the HTML page of a comparison.
 
@@ -130,6 +136,7 @@ def write_method_page(
         title: Of the page.
         notes: What a reader has to know to judge the numbers.
         about: Facts such as machine, versions and command.
+        tuning: Which settings each method got, where they were tuned.
     """
     body = [tag("h1", text(title)), *(paragraph(note) for note in notes)]
     for index, (heading, rows) in enumerate(tables.items()):
@@ -137,6 +144,13 @@ def write_method_page(
             cells = [method_cells(row) for row in rows]
             shown = table(f"{heading}. FLOPs are shares of the dense network's.", METHOD_HEADINGS, cells, texts=1)
             body.append(section(heading, shown, side_by_side(*_plots(rows, key=f"table-{index}"))))
+    if tuning:
+        cells = [tuning_cells(row) for row in tuning]
+        caption = (
+            "Chosen by accuracy on the hold-out. FLOPs are those of a row's trials, over those of one dense training."
+        )
+        shown = table(caption, TUNING_HEADINGS, cells, texts=1)
+        body.append(section("Tuning", shown))
     command = about.get("command")
     kept = {name: value for name, value in about.items() if name != "command"}
     body.append(section("How it was made", facts(kept.items()), *([code(command)] if command else [])))

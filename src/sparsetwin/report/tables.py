@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sparsetwin.report._format import count, flops, percent, share, size, sparsity_text
+from sparsetwin.report._format import count, flops, markdown_table, percent, share, size, sparsity_text
 from sparsetwin.report._run_folder import MAIN_STAGE, Final, Member, Run
 
 HEADINGS = ("member", "test accuracy", "sparsity", "kept weights", "file", "inference FLOPs", "training FLOPs")
@@ -69,9 +69,7 @@ def markdown(rows: Iterable[MemberRow]) -> str:
     Args:
         rows: As `member_rows` made them.
     """
-    head = [HEADINGS, tuple("---" if index == 0 else "---:" for index in range(len(HEADINGS)))]
-    drawn = (" | ".join(cell.replace("|", "&#124;") for cell in line) for line in head + lines(rows))
-    return "".join(f"| {line} |\n" for line in drawn)
+    return markdown_table(HEADINGS, lines(rows))
 
 
 def file_text(row: MemberRow) -> str:

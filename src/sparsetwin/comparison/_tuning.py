@@ -1,0 +1,82 @@
+"""Which settings the trials of a comparison led to, and what the trials cost."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsetwin.comparison._contenders import Contender
+from sparsetwin.comparison._plan import Plan, Task
+from sparsetwin.comparison._results import Yardstick, keys_of
+from sparsetwin.comparison._runner import outcome
+from sparsetwin.comparison._spaces import knobs_of
+from sparsetwin.recipes import Recipe
+from sparsetwin.report import TuningRow, read_run
+
+
+def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
+    """Return a row for each method and sparsity whose trials have led to runs.
+
+    Args:
+        plan: What is compared.
+        known: All tasks.
+        out: Folder of the comparison.
+    """
+    yardstick = Yardstick.of(plan)
+    contenders = {contender.label: contender for contender in plan.contenders}
+    rows = []
+    for label, sparsity in keys_of(plan):
+        of_row = [task for task in known if (task.label, task.sparsity) == (label, sparsity)]
+        trials = [task for task in of_row if task.table == "trials"]
+        run = next((task.recipe for task in of_row if task.table == "epochs"), None)
+        chosen = next((i for i, trial in enumerate(trials) if run and _but_for_seed(trial.recipe, run)), None)
+        if run is None or chosen is None:
+            continue
+        outcomes = [found for trial in trials if (found := outcome(out / trial.folder)) is not None]
+        rows.append(
+            TuningRow(
+                label=label,
+                sparsity=sparsity,
+                trials=tuple(found.holdout for found in outcomes),
+                achieved=tuple(found.sparsity for found in outcomes),
+                chosen=chosen,
+                settings=_settings(contenders[label], run),
+                training_share=_share(trials, out, yardstick),
+            )
+        )
+    return rows
+
+
+def _but_for_seed(first: Recipe, second: Recipe) -> bool:
+    return dataclasses.replace(first, seed=second.seed) == second
+
+
+def _share(trials: Sequence[Task], out: Path, yardstick: Yardstick) -> float:
+    """Return the FLOPs of trials, and of the dense run that they begin from; NaN if all have failed."""
+    folders = {trial.folder for trial in trials} | {trial.pretrained for trial in trials if trial.pretrained}
+    runs = [run for folder in folders if (run := read_run(out / folder)).final is not None]
+    if not runs:
+        return math.nan
+    return sum(run.final.training_flops for run in runs if run.final) / yardstick.training_flops(runs[0])
+
+
+def _settings(contender: Contender, recipe: Recipe) -> str:
+    paths = [contender.aim.path] if contender.aim is not None else [knob.path for knob in knobs_of(contender)]
+    plain = json.loads(json.dumps(recipe.plain()))
+    return ", ".join(f"{path} {_text(value)}" for path in paths if (value := _at(plain, path)) is not None)
+
+
+def _at(plain: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a field; None where it is left to the method."""
+    found: Any = plain
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"({', '.join(map(_text, value))})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
