@@ -122,14 +122,27 @@ def test_a_linear_layer_takes_any_number_of_tokens(tokens):
             assert relative_error(y, expected) <= FP32
 
 
-def test_a_linear_layer_keeps_leading_axes_and_adds_a_residual():
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_linear_layer_keeps_leading_axes_and_adds_a_residual(activation):
     weight = sparse(12, 20, density=0.5)
-    linear = SparseLinear(weight, chunk=16, activation="relu")
+    linear = SparseLinear(weight, chunk=16, activation=activation)
     for shape in ((20,), (3, 20), (2, 5, 20), (4, 7, 20)):
         x, residual = dense(*shape), dense(*shape[:-1], 12, seed=5)
+        added = residual.clone()
         y = linear(x, residual=residual)
-        expected = torch.relu(x.double() @ weight.double().t() + residual.double())
-        assert relative_error(y, expected) <= FP32
+        expected = x.double() @ weight.double().t() + residual.double()
+        assert relative_error(y, expected.relu() if activation else expected) <= FP32
+        assert torch.equal(residual, added)
+
+
+@pytest.mark.parametrize(("activation", "has_own"), [(None, True), ("relu", False)])
+def test_few_tokens_with_a_residual_have_their_kernel_unless_an_activation_follows(activation, has_own):
+    weight = sparse(30, 40, density=0.3)
+    linear, product = SparseLinear(weight, activation=activation), TokenProduct(weight, tokens=2)
+    x, residual = dense(2, 40), dense(12, 30)[::6]
+    y = linear(x, residual=residual)
+    assert torch.equal(y, product(x) + residual) or not has_own
+    assert bool(linear._token_products) == has_own
 
 
 def test_what_one_call_leaves_in_the_workspace_does_not_reach_the_next():

@@ -95,8 +95,10 @@ class SparseLinear:
         if residual is not None:
             check_float32(residual, "the residual")
             residual = residual.reshape(-1, self.out_features)
-        if 1 <= tokens <= MAX_TOKENS and residual is None and self.in_features <= COLUMNS_LIMIT:
+        if self._has_token_product(tokens, with_residual=residual is not None):
             y = self._token_product(tokens)(flat.contiguous(), pool=pool)
+            if residual is not None:
+                y += residual.detach()
             return y if flat is x else y.reshape(shape)
         out = torch.empty(tokens, self.out_features)
         pieces: list[Piece] = [
@@ -154,6 +156,11 @@ class SparseLinear:
                 tiling=self._tiling,
             )
         return self._products[key]
+
+    def _has_token_product(self, tokens: int, *, with_residual: bool) -> bool:
+        """Return whether so few tokens have a kernel of their own, which applies the activation before any residual."""
+        few = 1 <= tokens <= MAX_TOKENS and self.in_features <= COLUMNS_LIMIT
+        return few and not (with_residual and self._activation is not None)
 
     def _token_product(self, tokens: int) -> TokenProduct:
         if tokens not in self._token_products:
