@@ -240,6 +240,16 @@ class Branching(nn.Module):
         return self.narrow(hidden)
 
 
+@pytest.mark.parametrize(("model", "shape"), [(nn.Linear(6, 2), (4, 5)), (Branching(), (4, 5))])
+def test_an_example_that_does_not_fit_is_refused_with_what_the_model_says(model, shape):
+    message = rf"{type(model).__name__} does not take 4x5 float32: RuntimeError: .*cannot be multiplied"
+    with pytest.raises(UsageError, match=message):
+        deploy(model, images(*shape), rivals=())
+    deployed = deploy(model, images(4, 6), rivals=())
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        deployed(images(*shape))
+
+
 def test_a_model_that_cannot_be_traced_runs_with_the_reason_in_the_plan():
     torch.manual_seed(0)
     model = Branching().eval()

@@ -96,7 +96,7 @@ def deploy(
 
     Raises:
         ConfigError: If an argument is unknown or out of range, or the network is not float32 on the CPU.
-        UsageError: If the model cannot be made or copied, or is deployed already.
+        UsageError: If the model cannot be made or copied, is deployed already, or does not take the example.
         CheckpointError: If the file is missing, damaged or foreign.
         StateError: If names or shapes in the file are not those of the model.
     """

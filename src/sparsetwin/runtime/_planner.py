@@ -133,8 +133,21 @@ class Planner:
             try:
                 return self.network.graph(call.arguments, call.named)
             except UsageError as error:
+                self._check(call)
                 notes.append(str(error))
         return None
+
+    def _check(self, call: Call) -> None:
+        """Refuse a call that the original network does not take either, which says more than that it was not traced.
+
+        Raises:
+            UsageError: With what the network raised.
+        """
+        model = self.model
+        try:
+            model(*call.arguments, **call.named)
+        except Exception as error:  # whatever the model raises
+            raise UsageError(f"{self.name} does not take {call.describe()}: {type(error).__name__}: {error}") from error
 
     def swapped(self) -> nn.Module:
         """Return the model with sparse linears in place, or the model itself if that is not faster."""
