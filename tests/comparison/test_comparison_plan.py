@@ -1,6 +1,5 @@
 """What a comparison consists of, and how its numbers come about."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -192,7 +191,8 @@ class TestTasks:
         }
         run = list(tasks(asked, outcomes))[-1]
         assert run.table == "epochs"
-        assert dataclasses.replace(run.recipe, seed=0) == dataclasses.replace(trials[2].recipe, seed=0)
+        assert [task.recipe.train.test for task in (*trials, run)] == [False, False, False, True]
+        assert run.recipe == changed(trials[2].recipe, {"seed": 0, "train.test": True})
 
     def test_every_contender_has_equally_many_trials_from_a_space_of_its_own(self):
         asked = plan("acdc", "gmp", trials=5)

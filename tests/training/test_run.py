@@ -155,6 +155,22 @@ class TestMembers:
         assert not torch.equal(ours.get_buffer("1.running_mean"), plain.get_buffer("1.running_mean"))
 
 
+class TestHoldout:
+    """When the hold-out is looked at."""
+
+    def test_it_is_looked_at_after_epochs_and_where_a_member_is_saved_and_at_no_other_phase(
+        self, tmp_path: Path
+    ) -> None:
+        lengths = ((4, 0.0), (5, 0.9), (6, 0.9), (7, 0.0), (5, 0.5), (9, 0.9))  # epochs end at 18 and 36
+        run = make_run(tmp_path / "run", acdc(*lengths), settings(epochs=2))
+        assert run.execute()
+        phases_told = told(run, "phase")
+        assert [event["step"] for event in phases_told] == [4, 9, 15, 22, 27, 36]
+        assert [event["member"] for event in phases_told] == ["dense", None, "sparse", "dense", None, "sparse"]
+        assert [event["holdout"] is not None for event in phases_told] == [True, False, True, True, False, True]
+        assert all(event["holdout"] for event in told(run, "epoch"))
+
+
 class TestTestSet:
     """The test set is read once for each member, after everything else."""
 
@@ -184,6 +200,18 @@ class TestTestSet:
         )
         assert run.execute()
         assert watched.read == ["dense-finetune"] * 6  # five members, and the sparse half once more with int8 values
+
+    def test_a_run_may_do_without_it(self, finetuned: Run, tmp_path: Path) -> None:
+        splits = digits()
+        watched = self.Watched(splits.test, tmp_path)
+        given = settings(dense_finetune=True, learning_rate=COSINE, test=False)
+        run = make_run(tmp_path / "run", acdc(*FOUR), given, splits=without(splits, test=watched))
+        assert run.execute()
+        assert watched.read == []
+        tested, untested = told(finetuned, "final")[0]["members"], told(run, "final")[0]["members"]
+        for name, member in tested.items():
+            assert untested[name] == {field: said for field, said in member.items() if field not in ("test", "int8")}
+            assert run.pair.members[name].sha256 == finetuned.pair.members[name].sha256
 
     def test_it_chooses_nothing(self, finetuned: Run, tmp_path: Path) -> None:
         splits = digits()

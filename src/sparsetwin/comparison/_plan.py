@@ -128,6 +128,7 @@ class Outcome:
 
     holdout: float  # accuracy after the last epoch; NaN of a run that failed
     training_flops: int
+    forward_flops: int = 0  # of what it leaves
     sparsity: float = math.nan  # achieved; NaN of a run that failed
 
 
@@ -143,7 +144,10 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
             yield _pretraining(plan, seed)
     for contender in plan.contenders:
         for sparsity in (None,) if contender.is_dense else plan.sparsities:
-            base = contender_recipe(plan, contender, sparsity)
+            forward_flops = _forward_flops(plan, sparsity, outcomes)
+            if contender.shrinks == "flops" and forward_flops is None:
+                continue
+            base = contender_recipe(plan, contender, sparsity, forward_flops=forward_flops)
             found = yield from _tuned(plan, contender, sparsity, base, outcomes)
             if found is None:
                 continue
@@ -151,8 +155,18 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
                 yield from _runs(plan, contender, sparsity, changed(base, {**found, "seed": seed}), outcomes)
 
 
-def contender_recipe(plan: Plan, contender: Contender, sparsity: float | None) -> Recipe:
-    """Return the recipe of a contender at a sparsity, with untuned settings."""
+def contender_recipe(
+    plan: Plan, contender: Contender, sparsity: float | None, *, forward_flops: int | None = None
+) -> Recipe:
+    """Return the recipe of a contender at a sparsity, with untuned settings.
+
+    Args:
+        plan: What is compared.
+        contender: Whose recipe it is.
+        sparsity: None of a dense network.
+        forward_flops: What a small dense network of equal inference FLOPs may cost; by default, and where 0, as much as
+            one with the same sparsity in every layer.
+    """
     recipe = changed(plan.recipe, {"train.dense_finetune": False})
     if contender.method == "dense":
         recipe = changed(recipe, {"method": MethodSettings(name="dense")})  # without what is said of other methods
@@ -160,16 +174,33 @@ def contender_recipe(plan: Plan, contender: Contender, sparsity: float | None) -
     if sparsity is None:
         return recipe
     if contender.shrinks is not None:
-        width = small_width(recipe, sparsity=sparsity, measure=contender.shrinks)
+        goal = forward_flops if contender.shrinks == "flops" else None
+        width = small_width(recipe, sparsity=sparsity, measure=contender.shrinks, goal=goal or None)
         return changed(recipe, {"model.options.width": width})
     return changed(recipe, {"schedule.sparsity": sparsity})
+
+
+def _forward_flops(plan: Plan, sparsity: float | None, outcomes: Mapping[Path, Outcome]) -> int | None:
+    """Return the inference FLOPs of the reference's network at a sparsity: of its first seed that came to an end.
+
+    Returns:
+        None if it is not known yet, 0 if there is no such network.
+    """
+    reference = next(contender for contender in plan.contenders if contender.label == plan.reference)
+    if sparsity is None or reference.method == "dense":
+        return 0
+    for seed in plan.seeds:
+        found = outcomes.get(_folder("runs", plan.reference, sparsity, seed))
+        if found is None or found.training_flops:
+            return None if found is None else found.forward_flops
+    return 0
 
 
 def _pretraining(plan: Plan, seed: int) -> Task:
     dense = contender_recipe(plan, Contender(label=PRETRAINED, changes={"method.name": "dense"}), None)
     return Task(
         folder=_pretrained_folder(seed),
-        recipe=changed(dense, {"seed": seed}),
+        recipe=changed(dense, {"seed": seed, "train.test": False}),
         label=PRETRAINED,
         sparsity=None,
         table=PRETRAINED,
@@ -223,7 +254,7 @@ def _trial(
 ) -> Task:
     return Task(
         folder=Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}",
-        recipe=changed(recipe, {"seed": TUNING_SEED}),
+        recipe=changed(recipe, {"seed": TUNING_SEED, "train.test": False}),
         label=contender.label,
         sparsity=sparsity,
         table="trials",

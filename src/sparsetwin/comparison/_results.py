@@ -97,6 +97,7 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
     run = read_run(folder)
     assert run.final is not None
     member = run.final.members.get("sparse") or run.final.members["dense"]
+    assert member.test is not None
     spent, seconds = run.final.training_flops, sum(epoch.seconds for epoch in run.times)
     if task.pretrained is not None:
         before = read_run(out / task.pretrained)

@@ -165,7 +165,11 @@ class Runner:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's sections as JSON has them, without the places of trained networks, which may be moved."""
+    """Return a recipe's sections as JSON has them, without what changes nothing in training.
+
+    That are the places of trained networks, which may be moved, and whether the result is tested.
+    """
+    recipe = changed(recipe, {"train.test": True})
     if recipe.train.teacher not in (None, OWN):
         recipe = changed(recipe, {"train.teacher": "elsewhere"})
     plain: dict[str, Any] = json.loads(json.dumps(changed(recipe, {"pretrained": None}).plain()))
@@ -230,4 +234,9 @@ def outcome(folder: Path) -> Outcome | None:
     assert final is not None
     member = final.members.get("sparse") or final.members["dense"]
     held = member.holdout.accuracy if member.holdout else float("nan")
-    return Outcome(holdout=held, training_flops=final.training_flops, sparsity=member.sparsity)
+    return Outcome(
+        holdout=held,
+        training_flops=final.training_flops,
+        forward_flops=member.forward_flops,
+        sparsity=member.sparsity,
+    )

@@ -15,31 +15,33 @@ from sparsetwin.recipes import Recipe, example_input, meta_model, recipe_from_pl
 _STEPS = 200  # widths that there are
 
 
-def small_width(recipe: Recipe, *, sparsity: float, measure: str) -> float:
+def small_width(recipe: Recipe, *, sparsity: float, measure: str, goal: int | None = None) -> float:
     """Return the width at which the recipe's dense network comes nearest to a sparse one.
 
-    The sparse one keeps ``1 - sparsity`` of its target weights, the same in each layer, and all of the rest.
+    The sparse one keeps ``1 - sparsity`` of its target weights, the same in each layer, and all of the rest. What one
+    ranking over all layers leaves costs more, as it keeps more where weights are used often: give that as the goal.
 
     Args:
         recipe: Of a network that has an option ``width``, a factor on its channels.
         sparsity: Fraction in [0, 1).
         measure: ``"parameters"`` or ``"flops"`` (of inference).
+        goal: Cost of the sparse network, where it is known.
 
     Raises:
         ConfigError: If the network has no such option.
     """
-    return _small_width(json.dumps(recipe.plain()), sparsity, measure)
+    return _small_width(json.dumps(recipe.plain()), sparsity, measure, goal)
 
 
 @lru_cache(maxsize=256)
-def _small_width(plain: str, sparsity: float, measure: str) -> float:
+def _small_width(plain: str, sparsity: float, measure: str, given: int | None) -> float:
     recipe = recipe_from_plain(json.loads(plain))
     width = (
         inspect.signature(MODELS[recipe.model.name]).parameters.get("width") if recipe.model.name in MODELS else None
     )
     if width is None or not isinstance(width.default, float):
         raise ConfigError(f"{recipe.model.name} has no option width that is a factor on its channels")
-    goal = _cost(recipe, sparsity, measure)
+    goal = _cost(recipe, sparsity, measure) if given is None else given
     base = float(recipe.model.options.get("width", width.default))
 
     @cache

@@ -1,13 +1,12 @@
 """Which settings the trials of a comparison led to, and what the trials cost."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsetwin.comparison._contenders import Contender
+from sparsetwin.comparison._contenders import Contender, changed
 from sparsetwin.comparison._plan import Plan, Task
 from sparsetwin.comparison._results import Yardstick, keys_of
 from sparsetwin.comparison._runner import outcome
@@ -50,7 +49,8 @@ def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
 
 
 def _but_for_seed(first: Recipe, second: Recipe) -> bool:
-    return dataclasses.replace(first, seed=second.seed) == second
+    """Return whether the first recipe, of a trial, which is not tested, is the second with another seed."""
+    return changed(first, {"seed": second.seed, "train.test": second.train.test}) == second
 
 
 def _share(trials: Sequence[Task], out: Path, yardstick: Yardstick) -> float:

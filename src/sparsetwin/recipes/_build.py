@@ -45,6 +45,8 @@ def check_recipe(recipe: Recipe) -> None:
     _constructor(recipe.model)
     check_trained(recipe)
     device = choose_device(recipe.device)
+    if not recipe.train.test and not getattr(recipe.dataset, "holdout", True):
+        raise ConfigError("a run that is not tested is judged by a hold-out, but there is none: --dataset.holdout 0.1")
     check_distributed(recipe.distributed, recipe.train, device=device)
     method = _planned_method(recipe)
     if method is not None and recipe.train.dense_finetune:

@@ -78,13 +78,15 @@ class Recipe:
         data: dict[str, Any] = to_plain(self, known=_CLASSES, where="recipe")
         if self.distributed == DistributedSettings():  # as runs of one process, and of older releases, have it
             del data["distributed"]
-        if not self.method.qat and self.method.qat_start is None:
-            for field_name in _QAT:
-                del data["method"][field_name]
+        for section, fields in _LATER.items():
+            if all(data[section][name] == default for name, default in fields.items()):
+                for name in fields:
+                    del data[section][name]
         return data
 
 
-_QAT = ("qat", "qat_start")  # fields of the method that older releases lack, left out where they say nothing
+_LATER: dict[str, dict[str, Any]] = {"method": {"qat": False, "qat_start": None}, "train": {"test": True}}
+"""Fields that older releases lack, and what they say where they are left out."""
 
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -106,8 +108,8 @@ def recipe_from_plain(data: Any) -> Recipe:
     """
     if isinstance(data, Mapping) and data.get("type") == "Recipe" and "distributed" not in data:
         data = {**data, "distributed": to_plain(DistributedSettings(), known=_CLASSES, where="config")}
-    if isinstance(data, Mapping) and isinstance(data.get("method"), Mapping):
-        missing = {name: getattr(MethodSettings, name) for name in _QAT if not data["method"].keys() & set(_QAT)}
-        data = {**data, "method": {**data["method"], **missing}}
+    for section, fields in _LATER.items():
+        if isinstance(data, Mapping) and isinstance(data.get(section), Mapping) and not data[section].keys() & fields:
+            data = {**data, section: {**data[section], **fields}}
     recipe: Recipe = from_plain(data, Recipe, known=_CLASSES, where="config")
     return recipe

@@ -112,7 +112,7 @@ class Member:
     file_bytes: int
     forward_flops: int
     holdout: Quality | None
-    test: Quality
+    test: Quality | None  # None of a run that was not to look at the test set
     int8: AsInt8 | None = None  # None of dense members, and where the run did not look
 
 
@@ -332,7 +332,7 @@ def _member(member: Record, name: str) -> Member:
         file_bytes=member.integer("file_bytes"),
         forward_flops=member.integer("forward_flops"),
         holdout=_optional_quality(member, "holdout"),
-        test=_quality(member.record("test")),
+        test=_optional_quality(member, "test"),
         int8=AsInt8(file_bytes=int8.integer("file_bytes"), test=_quality(int8.record("test"))) if int8 else None,
     )
 

@@ -1,10 +1,11 @@
 """The closing table of a run and its verdict, as plain data and text, for the page and for the terminal."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sparsetwin.report._format import count, flops, markdown_table, percent, share, size, sparsity_text
-from sparsetwin.report._run_folder import MAIN_STAGE, Final, Member, Run
+from sparsetwin.report._run_folder import MAIN_STAGE, Final, Member, Quality, Run
 
 HEADINGS = ("member", "test accuracy", "sparsity", "kept weights", "file", "inference FLOPs", "training FLOPs")
 """Headings of `cells`."""
@@ -15,8 +16,9 @@ class MemberRow:
     """One member of the pair in the closing table."""
 
     name: str
-    accuracy: float  # fraction of the test samples
-    loss: float  # on the test samples
+    accuracy: float  # fraction of the test samples, or of the hold-out if it was not tested
+    loss: float  # on the same
+    is_tested: bool
     holdout_accuracy: float | None
     sparsity: float
     kept: int
@@ -54,13 +56,17 @@ def cells(row: MemberRow) -> tuple[str, ...]:
     """Return a row as text, one for each of `HEADINGS`."""
     return (
         row.name,
-        percent(row.accuracy),
+        _accuracy(row),
         sparsity_text(row.sparsity),
         f"{count(row.kept)} of {count(row.targets)}",
         file_text(row),
         f"{flops(row.forward_flops)} ({share(row.forward_share)})",
         share(row.training_share),
     )
+
+
+def _accuracy(row: MemberRow) -> str:
+    return percent(row.accuracy) + ("" if row.is_tested else " of the hold-out")
 
 
 def markdown(rows: Iterable[MemberRow]) -> str:
@@ -116,10 +122,12 @@ def _int8_cells(row: MemberRow) -> Iterator[tuple[str, ...]]:
 
 def _row(member: Member, final: Final) -> MemberRow:
     int8 = member.int8
+    judged = member.test or member.holdout or Quality(loss=math.nan, accuracy=math.nan)
     return MemberRow(
         name=member.name,
-        accuracy=member.test.accuracy,
-        loss=member.test.loss,
+        accuracy=judged.accuracy,
+        loss=judged.loss,
+        is_tested=member.test is not None,
         holdout_accuracy=member.holdout.accuracy if member.holdout else None,
         sparsity=member.sparsity,
         kept=member.kept,
@@ -146,7 +154,7 @@ def _of(part: int, whole: int) -> float:
 
 def _half(row: MemberRow) -> str:
     at = f" at {sparsity_text(row.sparsity)} sparsity" if row.sparsity else ""
-    return f"{row.name} {percent(row.accuracy)}{at}"
+    return f"{row.name} {_accuracy(row)}{at}"
 
 
 def _progress(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""The final test: every member of the pair on the test set, which is read here and nowhere else."""
+"""What a run comes to: every member of the pair, tested on the test set, which is read here and nowhere else."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from sparsetwin.training.settings import TrainSettings
 def score_members(
     pair: Pair,
     model: nn.Module,
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None,
     *,
     forward: ForwardFlops,
     settings: TrainSettings,
@@ -30,13 +30,14 @@ def score_members(
         pair: The pair; every member gets the metric ``test``, and the sparse half ``int8``: how large a file of int8
             values is, and the score of the network that comes back from it.
         model: Of the members' architecture, on the device.
-        batches: Gives the test set anew at each call.
+        batches: Gives the test set anew at each call; None tests nothing.
         forward: FLOPs of the dense model.
         settings: Precision and memory format.
         processes: Those that share the test set out; the first reads and lists the members.
     """
 
     def scored(network: nn.Module) -> dict[str, JSON]:
+        assert batches is not None
         score = evaluate(
             network,
             batches(),
@@ -49,11 +50,11 @@ def score_members(
     told: dict[str, dict[str, Any]] = {}
     for name, member in processes.of_first(lambda: pair.members).items():
         loaded = _loaded(pair, name, model, processes)
-        metrics: dict[str, JSON] = {"test": scored(loaded)}
-        if name == "sparse":
+        metrics: dict[str, JSON] = {} if batches is None else {"test": scored(loaded)}
+        if name == "sparse" and batches is not None:
             file_bytes, decoded = _as_int8(pair, name, model, processes)
             metrics["int8"] = {"file_bytes": file_bytes, "test": scored(decoded)}
-        if processes.is_first:
+        if processes.is_first and metrics:
             pair.annotate(name, metrics)
         told[name] = {
             "sparsity": member.sparsity,

@@ -236,13 +236,13 @@ class Run:
         )
 
     def _finish(self) -> bool:
-        """Test the members and write the last line."""
+        """Test the members, if they are to be tested, and write the last line."""
         model = self._make_model()
         forward = self._forward_flops(model)
         members = score_members(
             self.pair,
             model,
-            lambda: self.parts.splits.test.epoch(0),
+            (lambda: self.parts.splits.test.epoch(0)) if self.parts.settings.train.test else None,
             forward=forward,
             settings=self.parts.settings.train,
             processes=self.processes,

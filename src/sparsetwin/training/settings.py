@@ -133,6 +133,9 @@ class TrainSettings:
     """Train the dense half on, from the end of the last dense phase to the end of the same learning-rate schedule."""
     checkpoint_epochs: float = 1.0
     """Epochs between checkpoints of the run."""
+    test: bool = True
+    """Score the halves on the test set at the end; without it they are judged by the hold-out, and the test set is not
+    looked at."""
     deterministic: bool = True
     """Use deterministic algorithms only. On a CPU, runs of one seed and thread count are then equal to the bit."""
 

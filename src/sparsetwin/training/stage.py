@@ -248,8 +248,10 @@ class Stage:
             return
         self._flush()
         self._check_weights()
-        model = self._member_model() if phase_ends else self.session.evaluated_model()
-        score = self._score(model) if len(self.holdout) else None
+        member = self._member_name() if phase_ends else None
+        model = self._member_model() if member else self.session.evaluated_model()
+        is_judged = epoch_ends or member is not None  # not at each of the many phases in which a mask moves
+        score = self._score(model) if is_judged and len(self.holdout) else None
         nonzero = nonzero_counts(model)
         forward_flops = self._pay_for_segment(nonzero)
         counts = self._counts(nonzero) | {"holdout": score.plain() if score else None}
@@ -258,7 +260,7 @@ class Stage:
         if score is not None:
             self._keep_best(model, score)
         if phase_ends:
-            self._phase_event(model, counts, score)
+            self._phase_event(model, counts, score, member)
 
     def _score(self, model: nn.Module) -> Score:
         train = self.session.settings.train
@@ -299,14 +301,19 @@ class Stage:
         self.journal.time({"stage": self.name, "epoch": epoch, "seconds": seconds, "samples": self.sums.samples})
         self.sums = Sums()
 
-    def _phase_event(self, model: nn.Module, counts: Mapping[str, Any], score: Score | None) -> None:
+    def _member_name(self) -> str | None:
+        """Return the member that the end of this phase is saved as; of sparse phases in a row only the last is one."""
+        phase, schedule = self._phase, self.session.sparsifier.method.schedule
+        goes_on = phase.is_sparse and phase.stop < schedule.total_steps and schedule.at(phase.stop).is_sparse
+        return None if goes_on else self.member_names.get(phase.is_sparse)
+
+    def _phase_event(
+        self, model: nn.Module, counts: Mapping[str, Any], score: Score | None, member: str | None
+    ) -> None:
         phase, sparsifier = self._phase, self.session.sparsifier
-        schedule = sparsifier.method.schedule
         change = (
             mask_change(self.previous_masks, sparsifier.masks) if self.previous_masks and sparsifier.masks else None
         )
-        goes_on = phase.is_sparse and phase.stop < schedule.total_steps and schedule.at(phase.stop).is_sparse
-        member = None if goes_on else self.member_names.get(phase.is_sparse)  # of sparse phases in a row the last
         rows = sparsity_table(model, sparsifier.masks, sparsifier.target_names)
         self.journal.event(
             {
