@@ -62,15 +62,15 @@ class TestTables:
         assert (acdc["difference"], acdc["pairs"], acdc["verdict"]) == ("", "0", "–")
         difference = float(static["accuracy"]) - float(acdc["accuracy"])
         assert float(static["difference"]) == pytest.approx(difference)
-        assert (static["pairs"], static["p_value"], static["verdict"]) == ("1", "", "no difference shown")
+        assert (static["pairs"], static["p_value"], static["verdict"]) == ("1", "", "ranks nothing")
 
     def test_markdown_and_page_say_the_same_and_how_it_came_about(self, compared: Path) -> None:
         markdown = (compared / "comparison.md").read_text().splitlines()
         assert [line.split(" | ")[0] for line in markdown[2:]] == ["| acdc", "| static"]
-        assert "no difference shown" in markdown[3]
+        assert "ranks nothing" in markdown[3]
         page = (compared / "comparison.html").read_text()
-        for said in ("Settings were not tuned", "Holm", "seeds here: 1", "smoke test", "Differences are to acdc",
-                     "the last of 1 epochs", "sparsetwin compare digits", "no difference shown"):  # fmt: skip
+        for said in ("Settings were not tuned", "Holm", "seeds: 1", "smoke test", "Differences are to acdc",
+                     "the last of 1 epochs", "sparsetwin compare digits", "ranks nothing"):  # fmt: skip
             assert said in page, said
         assert "http://" not in page.replace("http://www.w3.org", "")
         assert page.count("<svg") == 2
@@ -81,7 +81,7 @@ class TestTables:
         rows = json.loads(last)["epochs"]
         assert [row["label"] for row in rows] == ["acdc", "static"]
         assert rows[0]["deviation"] is None
-        assert rows[1]["verdict"] == "no difference shown"
+        assert rows[1]["verdict"] == "ranks nothing"
         assert json.loads(last)["flops"] == []
         assert "2 of 2 runs finished" in told["err"] or "1 of 2 runs finished" in told["err"]
         assert "This comparison is a smoke test" in told["out"]

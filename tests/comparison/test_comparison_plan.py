@@ -17,12 +17,14 @@ from sparsetwin.comparison import (
 )
 from sparsetwin.comparison._longer import lengthened
 from sparsetwin.comparison._plan import TUNING_SEED, Outcome, contender_recipe
+from sparsetwin.comparison._results import corrected
 from sparsetwin.comparison._small import small_width
 from sparsetwin.comparison._spaces import KNOBS, knobs_of, trial_changes
 from sparsetwin.errors import ConfigError
 from sparsetwin.methods import METHODS
 from sparsetwin.metrics import count_forward_flops
 from sparsetwin.recipes import check_recipe, example_input, find_recipe, meta_model, recipe_from_plain
+from sparsetwin.report import Gap, MethodRow
 
 DIGITS = find_recipe("digits")
 
@@ -366,3 +368,29 @@ class TestTasks:
     def test_plans_that_cannot_be(self, labels, fields, message):
         with pytest.raises(ConfigError, match=message):
             plan(*labels, **fields)
+
+
+class TestCorrection:
+    """p-values over all tables of a comparison."""
+
+    def test_every_difference_counts_and_what_stands_in_both_tables_counts_once(self):
+        def row(label: str, *, reference: float | None, dense: float | None) -> MethodRow:
+            to_reference, to_dense = (
+                None if p is None else Gap(pairs=5, difference=0.01, half_width=0.01, p_value=p)
+                for p in (reference, dense)
+            )
+            return MethodRow(
+                label=label, sparsity=0.9, achieved_sparsity=0.9, seeds=5, accuracy=0.7, deviation=0.1, half_width=0.1,
+                to_reference=to_reference, to_dense=to_dense, training_share=1, inference_share=1, seconds=1, failed=0,
+            )  # fmt: skip
+
+        acdc = row("acdc", reference=None, dense=0.01)
+        tables = {"epochs": [acdc, row("rigl", reference=0.02, dense=0.02)],
+                  "flops": [acdc, row("rigl", reference=0.04, dense=math.nan)]}  # fmt: skip
+        found = corrected(tables)
+        # four differences: 0.01 * 4, then 0.02 * 3 twice (never falling), then 0.04 * 1
+        assert [r.to_dense.p_value for r in found["epochs"]] == pytest.approx([0.04, 0.06])
+        assert found["epochs"][1].to_reference.p_value == pytest.approx(0.06)
+        assert found["flops"][0] == found["epochs"][0]
+        assert found["flops"][1].to_reference.p_value == pytest.approx(0.06)
+        assert math.isnan(found["flops"][1].to_dense.p_value)

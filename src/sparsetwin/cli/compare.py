@@ -15,7 +15,7 @@ from sparsetwin.cli._call import DataPath, Switch, parse, print_json, print_tabl
 from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
 from sparsetwin.comparison import TABLES, Plan, Progress, compare, find_contender
 from sparsetwin.recipes import Recipe, check_recipe, find_recipe, recipe_from_plain
-from sparsetwin.report import METHOD_HEADINGS, MethodRow, method_cells, verdict_of
+from sparsetwin.report import METHOD_HEADINGS, method_cells, method_record
 from sparsetwin.training import choose_device
 from sparsetwin.training.environment import command_line
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
             command=command_line(),
             data=args.data,
             jobs=args.jobs or _jobs(recipe),
-            notes=(_NOTE,) if is_short else (),
+            smoke=_NOTE if is_short else None,
             on_progress=_silent if args.quiet else _tell,
         )
     for table, rows in tables.items():
@@ -106,7 +106,9 @@ def main(arguments: Sequence[str]) -> int:
         print(_NOTE)
     print(f"tables: {out / 'comparison.csv'}, .md and .html")
     if args.json:
-        print_json({"comparison": str(out), **{table: [_plain(row) for row in rows] for table, rows in tables.items()}})
+        print_json(
+            {"comparison": str(out), **{table: [method_record(row) for row in rows] for table, rows in tables.items()}}
+        )
     return 0
 
 
@@ -134,10 +136,6 @@ def _jobs(recipe: Recipe) -> int:
     if not recipe.threads or choose_device(recipe.device).type != "cpu":
         return 1
     return max(1, (os.cpu_count() or 1) // recipe.threads)
-
-
-def _plain(row: MethodRow) -> dict[str, object]:
-    return {**vars(row), "verdict": verdict_of(row)}
 
 
 def _silent(progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsetwin.comparison._contenders import Contender
 from sparsetwin.comparison._plan import TUNING_SEED, Plan, Task
-from sparsetwin.comparison._results import rows_of
+from sparsetwin.comparison._results import corrected, rows_of
 from sparsetwin.comparison._runner import Progress, Runner
 from sparsetwin.comparison._spaces import knobs_of
 from sparsetwin.comparison._tuning import tuning_of
@@ -36,7 +36,7 @@ def compare(
     command: str,
     data: Path | None = None,
     jobs: int = 1,
-    notes: tuple[str, ...] = (),
+    smoke: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, list[MethodRow]]:
     """Run what of a comparison is not finished, and write its tables.
@@ -51,7 +51,7 @@ def compare(
         command: For the page.
         data: Folder of the data set, if the recipe needs one.
         jobs: Runs at a time.
-        notes: Sentences for the page, such as that a short comparison ranks nothing.
+        smoke: Why this is a smoke test, which calls no difference any; None of a comparison that may.
         on_progress: Told whenever a run begins or ends.
 
     Returns:
@@ -67,14 +67,15 @@ def compare(
     runner = Runner(out=out, recipe_name=recipe_name, data=data, jobs=jobs, on_progress=on_progress)
     _begin(out / _PLAN, described, plan)
     known = runner.run(plan)
-    return write_tables(plan, known, out, notes=notes, about=_about(json.loads((out / _PLAN).read_text())))
+    about = _about(json.loads((out / _PLAN).read_text()))
+    return write_tables(plan, known, out, about=about, smoke=smoke)
 
 
 def write_tables(
-    plan: Plan, known: list[Task], out: Path, *, notes: tuple[str, ...], about: dict[str, str]
+    plan: Plan, known: list[Task], out: Path, *, about: dict[str, str], smoke: str | None = None
 ) -> dict[str, list[MethodRow]]:
     """Write ``comparison.csv``, ``.md`` and ``.html``; equal FLOPs and tuning have a CSV and a Markdown file more."""
-    tables = {name: rows_of(plan, known, out, table=name) for name in TABLES}
+    tables = corrected({name: rows_of(plan, known, out, table=name, ranks=smoke is None) for name in TABLES})
     for name, rows in tables.items():
         if rows:
             stem = "comparison" if name == "epochs" else "comparison-equal-flops"
@@ -85,7 +86,7 @@ def write_tables(
         (out / "comparison-tuning.md").write_text(tuning_markdown(tuning), encoding="utf-8")
     titled = {TABLES[name]: rows for name, rows in tables.items()}
     title = f"{about['recipe']}: {len(plan.contenders)} methods compared"
-    notes = (*_said(plan), *notes)
+    notes = [*_said(plan), *([smoke] if smoke else [])]
     write_method_page(titled, out / "comparison.html", title=title, notes=notes, about=about, tuning=tuning)
     return tables
 
@@ -95,8 +96,9 @@ def _said(plan: Plan) -> list[str]:
     said = [
         f"Test accuracy after the last of {plan.recipe.train.epochs} epochs: the mean over seeds, the deviation of the "
         "sample and the 95% interval of the mean (Student's t). Differences are to "
-        f"{plan.reference}, paired by seed. A method is called better or worse only with at least five seeds and a "
-        f"p-value below 0.05 after Holm's correction; seeds here: {len(plan.seeds)}.",
+        f"{plan.reference} and to the dense baseline, paired by seed. A method is called better or worse only with at "
+        "least five seeds, none of which failed, and a p-value below 0.05 after Holm's correction over all differences "
+        f"here; seeds: {len(plan.seeds)}.",
         "Training FLOPs count every pass of a method, forward and backward, at the weights that it needs, over those "
         "of a dense training of as many epochs.",
     ]

@@ -1,9 +1,10 @@
 """From finished runs to the rows of a table."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sparsetwin.comparison._plan import Plan, Task
 from sparsetwin.comparison._runner import outcome
@@ -11,7 +12,7 @@ from sparsetwin.comparison._statistics import holm, paired_difference, summary
 from sparsetwin.errors import ConfigError
 from sparsetwin.metrics import count_forward_flops
 from sparsetwin.recipes import example_input, meta_model
-from sparsetwin.report import MethodRow, Run, read_run
+from sparsetwin.report import Gap, MethodRow, Run, read_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,22 @@ class Result:
 _Key = tuple[str, float | None]
 
 
-def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list[MethodRow]:
-    """Return the rows of one table, in the order of sparsities and contenders.
+def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str, ranks: bool = True) -> list[MethodRow]:
+    """Return the rows of one table, in the order of sparsities and contenders; their p-values are not corrected yet.
 
     Args:
         plan: What is compared.
         known: All tasks.
         out: Folder of the comparison.
-        table: "epochs", or "flops", which has the reference's own runs beside the longer ones.
+        table: "epochs", or "flops", which has the reference's own runs and the dense ones beside the longer ones.
+        ranks: Whether differences may be called any.
     """
     yardstick = Yardstick.of(plan)
     shown = [task for task in known if task.table == table]
+    dense = next((contender.label for contender in plan.contenders if contender.is_dense), None)
     if shown and table == "flops":
-        shown = [task for task in known if task.table == "epochs" and task.label == plan.reference] + shown
+        beside = (plan.reference, dense)
+        shown = [task for task in known if task.table == "epochs" and task.label in beside] + shown
     results: dict[_Key, list[Result]] = {}
     failed: dict[_Key, int] = {}
     for task in shown:
@@ -53,7 +57,7 @@ def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str) -> list
         failed = {key: len(plan.seeds) - len(results.get(key, [])) for key in keys_of(plan)}
     order = {contender.label: index for index, contender in enumerate(plan.contenders)}
     keys = sorted(failed, key=lambda key: (-1.0 if key[1] is None else key[1], order[key[0]]))
-    return _corrected([_row(key, results.get(key, []), failed[key], results, plan) for key in keys])
+    return [_row(key, results.get(key, []), failed[key], results, plan, ranks=ranks) for key in keys]
 
 
 def keys_of(plan: Plan) -> list[_Key]:
@@ -114,46 +118,65 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
     )
 
 
-def _row(key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, list[Result]], plan: Plan) -> MethodRow:
+def _row(
+    key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, list[Result]], plan: Plan, *, ranks: bool
+) -> MethodRow:
     label, sparsity = key
-    nan = math.nan
-    if not found:
-        return MethodRow(
-            label=label, sparsity=sparsity, achieved_sparsity=nan, seeds=0, pairs=0, accuracy=nan, deviation=nan,
-            half_width=nan, difference=nan, difference_half_width=nan, p_value=nan, training_share=nan,
-            inference_share=nan, seconds=nan, failed=failed,
-        )  # fmt: skip
-    accuracy = summary([result.accuracy for result in found])
-    beside = results.get((plan.reference, plan.reference_at(sparsity)), [])
-    reference = {result.seed: result.accuracy for result in beside}
-    pairs = [(result.accuracy, reference[result.seed]) for result in found if result.seed in reference]
-    compared = paired_difference(*zip(*pairs, strict=True)) if pairs and label != plan.reference else None
+
+    def mean(name: str) -> float:
+        return summary([getattr(result, name) for result in found]).mean if found else math.nan
+
+    accuracy = summary([result.accuracy for result in found]) if found else None
+    dense = next((contender.label for contender in plan.contenders if contender.is_dense), None)
+    beside = results.get((plan.reference, plan.reference_at(sparsity)), []) if label != plan.reference else []
+    dense_runs = results.get((dense, None), []) if dense not in (None, label, plan.reference) else []
     return MethodRow(
         label=label,
         sparsity=sparsity,
-        achieved_sparsity=summary([result.sparsity for result in found]).mean,
+        achieved_sparsity=mean("sparsity"),
         seeds=len(found),
-        pairs=compared.count if compared else 0,
-        accuracy=accuracy.mean,
-        deviation=accuracy.deviation,
-        half_width=accuracy.half_width,
-        difference=compared.mean if compared else nan,
-        difference_half_width=compared.half_width if compared else nan,
-        p_value=compared.p_value if compared else nan,
-        training_share=summary([result.training_share for result in found]).mean,
-        inference_share=summary([result.inference_share for result in found]).mean,
-        seconds=summary([result.seconds for result in found]).mean,
+        accuracy=accuracy.mean if accuracy else math.nan,
+        deviation=accuracy.deviation if accuracy else math.nan,
+        half_width=accuracy.half_width if accuracy else math.nan,
+        to_reference=_gap(found, beside),
+        to_dense=_gap(found, dense_runs),
+        training_share=mean("training_share"),
+        inference_share=mean("inference_share"),
+        seconds=mean("seconds"),
         failed=failed,
+        ranks=ranks,
     )
 
 
-def _corrected(rows: list[MethodRow]) -> list[MethodRow]:
-    """Correct the p-values for the number of comparisons in the table (Holm)."""
-    tested = [index for index, row in enumerate(rows) if not math.isnan(row.p_value)]
-    for index, p_value in zip(tested, holm([rows[index].p_value for index in tested]), strict=True):
-        rows[index] = _with_p(rows[index], p_value)
-    return rows
+def _gap(found: Sequence[Result], beside: Sequence[Result]) -> Gap | None:
+    """Return how much the accuracies exceed others on the seeds that both have; None if there are none."""
+    other = {result.seed: result.accuracy for result in beside}
+    pairs = [(result.accuracy, other[result.seed]) for result in found if result.seed in other]
+    if not pairs:
+        return None
+    compared = paired_difference(*zip(*pairs, strict=True))
+    return Gap(pairs=compared.count, difference=compared.mean, half_width=compared.half_width, p_value=compared.p_value)
 
 
-def _with_p(row: MethodRow, p_value: float) -> MethodRow:
-    return MethodRow(**{**vars(row), "p_value": p_value})
+def corrected(tables: Mapping[str, Sequence[MethodRow]]) -> dict[str, list[MethodRow]]:
+    """Correct all p-values of a comparison for their number (Holm).
+
+    Args:
+        tables: Name -> rows. What stands in several tables alike, to the seed, was compared once.
+    """
+    gaps = {_gap_key(row, name) for rows in tables.values() for row in rows for name in _GAPS if getattr(row, name)}
+    tested = [key for key in sorted(gaps, key=str) if not math.isnan(key[-1].p_value)]
+    p_values = dict(zip(tested, holm([key[-1].p_value for key in tested]), strict=True))
+
+    def after(row: MethodRow) -> MethodRow:
+        keys = {name: _gap_key(row, name) for name in _GAPS}
+        return replace(row, **{name: replace(k[-1], p_value=p_values[k]) for name, k in keys.items() if k in p_values})
+
+    return {name: [after(row) for row in rows] for name, rows in tables.items()}
+
+
+_GAPS = ("to_reference", "to_dense")
+
+
+def _gap_key(row: MethodRow, name: str) -> tuple[str, float | None, str, Any]:
+    return row.label, row.sparsity, name, getattr(row, name)

@@ -17,10 +17,12 @@ from sparsetwin.report._run_folder import (
 from sparsetwin.report.html import write_report
 from sparsetwin.report.method_table import (
     METHOD_HEADINGS,
+    Gap,
     MethodRow,
     method_cells,
     method_csv,
     method_markdown,
+    method_record,
     verdict_of,
     write_method_page,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "Epoch",
     "EpochTime",
     "Final",
+    "Gap",
     "MaskChange",
     "Member",
     "MemberRow",
@@ -52,6 +55,7 @@ __all__ = [
     "method_cells",
     "method_csv",
     "method_markdown",
+    "method_record",
     "read_run",
     "tuning_cells",
     "tuning_csv",

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gap:
+    """How much a method's accuracy exceeds another one's on the same seeds."""
+
+    pairs: int  # seeds on which both came to an end
+    difference: float  # of accuracies as fractions, mean
+    half_width: float  # of its 95% interval; NaN of one pair
+    p_value: float  # two-sided, corrected for the number of comparisons; NaN of one pair
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodRow:
     """One method at one sparsity, over several seeds. Accuracies are fractions of the test samples."""
 
@@ -39,22 +49,21 @@ class MethodRow:
     sparsity: float | None  # asked for; None of a dense network
     achieved_sparsity: float  # mean over seeds
     seeds: int  # that came to an end
-    pairs: int  # of them, those on which the reference came to an end, too; 0 of the reference itself
     accuracy: float  # mean
     deviation: float  # of the sample; NaN of one seed
     half_width: float  # of the 95% interval of the mean; NaN of one seed
-    difference: float  # to the reference, mean over seeds of both; NaN where there is none
-    difference_half_width: float  # of its 95% interval
-    p_value: float  # corrected for the number of comparisons; NaN of fewer than two seeds
+    to_reference: Gap | None  # None of the reference itself, and where no seed is paired
+    to_dense: Gap | None  # to the dense baseline, if there is one besides the reference
     training_share: float  # training FLOPs over those of the dense training, all passes and pre-training counted
     inference_share: float  # inference FLOPs over the dense network's
     seconds: float  # wall time of a run, mean
     failed: int  # seeds whose training came to nothing
+    ranks: bool = True  # False in a smoke test
 
 
 METHOD_HEADINGS = (
     "method", "sparsity", "achieved", "seeds", "test accuracy", "std", "95% interval", "to reference", "verdict",
-    "training FLOPs", "inference FLOPs", "time",
+    "to dense", "verdict on dense", "training FLOPs", "inference FLOPs", "time",
 )  # fmt: skip
 """Headings of `method_cells`."""
 
@@ -62,13 +71,24 @@ _ENOUGH_SEEDS = 5
 _SIGNIFICANT = 0.05
 
 
-def verdict_of(row: MethodRow) -> str:
-    """Return whether a difference to the reference is shown: with at least five seeds and a corrected p below 0.05."""
-    if math.isnan(row.difference):
+def verdict_of(row: MethodRow, gap: Gap | None) -> str:
+    """Return whether a difference is shown.
+
+    That takes at least five seeds, all of which came to an end for both, and a corrected p-value below 0.05. A smoke
+    test shows none.
+
+    Args:
+        row: Of the method.
+        gap: Its `MethodRow.to_reference` or `MethodRow.to_dense`.
+    """
+    if gap is None:
         return "–"
-    if row.pairs < _ENOUGH_SEEDS or not row.p_value < _SIGNIFICANT:
+    if not row.ranks:
+        return "ranks nothing"
+    is_whole = gap.pairs == row.seeds + row.failed
+    if gap.pairs < _ENOUGH_SEEDS or not is_whole or not gap.p_value < _SIGNIFICANT:
         return "no difference shown"
-    return "better" if row.difference > 0 else "worse"
+    return "better" if gap.difference > 0 else "worse"
 
 
 def method_cells(row: MethodRow) -> tuple[str, ...]:
@@ -80,10 +100,12 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
     def shown(value: float, text_of: Callable[[float], str]) -> str:
         return "–" if math.isnan(value) else text_of(value)
 
+    def difference(gap: Gap | None) -> str:
+        if gap is None:
+            return "–"
+        return points(gap.difference, "+") + ("" if math.isnan(gap.half_width) else f" ± {points(gap.half_width)}")
+
     interval = "–" if math.isnan(row.half_width) else f"± {points(row.half_width)}"
-    difference = points(row.difference, "+")
-    if not math.isnan(row.difference_half_width):
-        difference += f" ± {points(row.difference_half_width)}"
     seeds = f"{row.seeds} ({row.failed} failed)" if row.failed else str(row.seeds)
     return (
         row.label,
@@ -93,8 +115,10 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
         shown(row.accuracy, percent),
         points(row.deviation),
         interval,
-        difference,
-        verdict_of(row),
+        difference(row.to_reference),
+        verdict_of(row, row.to_reference),
+        difference(row.to_dense),
+        verdict_of(row, row.to_dense),
         shown(row.training_share, share),
         shown(row.inference_share, share),
         shown(row.seconds, seconds_text),
@@ -108,15 +132,25 @@ def method_markdown(rows: Sequence[MethodRow]) -> str:
 
 def method_csv(rows: Sequence[MethodRow]) -> str:
     """Return the table as CSV, with numbers in full; what there is none of is empty."""
-    names = [field.name for field in fields(MethodRow)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*names, "verdict"])
-    for row in rows:
-        values = [getattr(row, name) for name in names]
-        cells = ["" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in values]
-        writer.writerow([*cells, verdict_of(row)])
+    records = [method_record(row) for row in rows]
+    writer.writerow(records[0] if records else [])
+    for record in records:
+        writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in record.values()])
     return buffer.getvalue()
+
+
+def method_record(row: MethodRow) -> dict[str, str | int | float | bool | None]:
+    """Return a row as plain data, what is said of a gap as fields of the row; there are None where it is not."""
+    record = {name: value for name, value in vars(row).items() if not name.startswith("to_")}
+    for before, gap in (("", row.to_reference), ("dense_", row.to_dense)):
+        record[f"{before}pairs"] = gap.pairs if gap else 0
+        record[f"{before}difference"] = gap and gap.difference
+        record[f"{before}difference_half_width"] = gap and gap.half_width
+        record[f"{before}p_value"] = gap and gap.p_value
+        record[f"{before}verdict"] = verdict_of(row, gap)
+    return record
 
 
 def write_method_page(
