@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sparsetwin.errors import ConfigError, SelectionError
-from sparsetwin.patterns import NM, Block, Channel, Unstructured, check_pattern, check_shapes
+from sparsetwin.patterns import NM, Block, Channel, Unstructured, check_pattern, check_shapes, pattern_at
 
 CONVOLUTION = {"conv": (16, 8, 3, 3)}
 
@@ -50,6 +50,39 @@ def test_another_sparsity_than_that_of_nm_is_refused_with_the_right_one(sparsity
         ConfigError, match=re.escape(f"2:4 keeps 2 of every 4 weights, a sparsity of 0.5; got {sparsity}")
     ):
         check_pattern(NM(2, 4), {"fc": (12, 12)}, sparsity)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "kept"),
+    [(NM(2, 4), 0.25, 3), (NM(2, 4), 0.5, 2), (NM(1, 8), 0.125, 7), (NM(1, 8), 0.875, 1), (NM(1, 3), 1 / 3, 2)],
+)
+@pytest.mark.parametrize("transposable", [False, True])
+def test_nm_keeps_more_of_every_group_on_the_way_to_it(pattern, sparsity, kept, transposable):
+    pattern = dataclasses.replace(pattern, transposable=transposable)
+    if transposable and pattern.m > 4 and kept != pattern.n:
+        with pytest.raises(ConfigError, match="a transposable pattern is pruned step by step for m up to 4 only"):
+            pattern_at(pattern, sparsity)
+    else:
+        assert pattern_at(pattern, sparsity) == NM(kept, pattern.m, transposable)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "message"),
+    [
+        (NM(1, 4), 0.3, "got 0.3; phases on the way to it may have 0.25, 0.5, as schedules.grouped(schedule, m=4)"),
+        (NM(2, 4), 0.75, "got 0.75; phases on the way to it may have 0.25, as"),
+        (NM(2, 4), 1e-12, "got 1e-12; phases on the way"),
+        (NM(1, 2), 0.25, "1:2 keeps 1 of every 2 weights, a sparsity of 0.5; got 0.25"),
+    ],
+)
+def test_what_groups_cannot_have_is_refused_with_what_they_can(pattern, sparsity, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_pattern(pattern, {"fc": (12, 12)}, sparsity)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(2, 8), Channel(1)])
+def test_other_patterns_have_any_sparsity(pattern):
+    assert pattern_at(pattern, 0.3721) == pattern
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sparsetwin.schedules import (
     alternating,
     constant,
     gradual,
+    grouped,
     in_steps,
     paper,
     periodic,
@@ -208,6 +209,19 @@ def test_gradual_sparsity_rises_from_start_to_target_and_covers_the_run(
     assert schedule.phases[-1].start == start + ramp
 
 
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(1, 60), st.integers(1, 12), st.integers(1, 80))
+def test_gradual_pruning_may_go_on_in_phases_of_the_final_sparsity(start, ramp, rest, every, final_every):
+    total, stop = start + ramp + rest, start + ramp
+    given = {"sparsity": 0.9, "total_steps": total, "start_step": start, "stop_step": stop, "every_steps": every}
+    schedule = gradual(**given, final_every_steps=final_every)
+    assert_covers(schedule, total)
+    assert [phase.start for phase in schedule.phases if phase.start >= stop] == [*range(stop, total, final_every)]
+    assert {phase.sparsity for phase in schedule.phases if phase.start >= stop} == {0.9}
+    plain = gradual(**given)
+    assert plain.phases[:-1] == schedule.phases[: len(plain.phases) - 1]
+    assert plain == gradual(**given, final_every_steps=rest)
+
+
 @given(st.integers(1, 200), st.integers(1, 50), st.none() | st.integers(0, 250))
 def test_periodic_updates_come_at_every_multiple_before_the_stop(total, every, stop):
     schedule = periodic(sparsity=0.9, total_steps=total, every_steps=every, stop_step=stop)
@@ -300,3 +314,51 @@ def test_every_round_prunes_the_same_fraction_of_what_is_left():
     assert densities == pytest.approx([0.1 ** (index / 4) for index in range(1, 5)])
     assert schedule.final_sparsity == 0.9
     assert {phase.steps for phase in schedule.phases[1:]} == {7}
+
+
+def test_a_ramp_of_groups_prunes_where_each_multiple_is_reached_and_ends_where_it_did():
+    ramp = gradual(sparsity=0.75, total_steps=100, start_step=10, stop_step=90, every_steps=1)
+    found = [(phase.start, phase.sparsity) for phase in grouped(ramp, m=4).phases]
+    first = {s: next(p.start for p in ramp.phases if p.sparsity >= s) for s in (0.25, 0.5)}
+    assert found == [(0, 0.0), (first[0.25], 0.25), (first[0.5], 0.5), (90, 0.75)]
+    plain = phases([(3, 0.0), (10, 0.5), (2, 0.0), (6, 0.25)])
+    assert grouped(plain, m=4) == plain
+    sparse = [p for p in grouped(ramped(plain, ramp_steps=4, prunings=4), m=4).phases if p.is_sparse]
+    assert [(p.start, p.stop, p.sparsity) for p in sparse] == [(3, 7, 0.25), (7, 13, 0.5), (19, 21, 0.25)]
+
+
+def test_mask_updates_at_one_sparsity_stay_apart_in_groups():
+    updates = periodic(sparsity=0.5, total_steps=10, every_steps=3)
+    assert grouped(updates, m=4) == updates
+
+
+@given(
+    m=st.integers(2, 16),
+    pruned=st.data(),
+    every_steps=st.integers(1, 9),
+    initial=st.floats(0, 1, exclude_max=True),
+)
+def test_groups_can_have_every_sparsity_of_a_grouped_schedule(m, pruned, every_steps, initial):
+    final = pruned.draw(st.integers(1, m - 1)) / m
+    ramp = gradual(
+        sparsity=final, total_steps=60, start_step=4, stop_step=50, every_steps=every_steps,
+        initial_sparsity=initial * final,
+    )  # fmt: skip
+    found = grouped(ramp, m=m)
+    assert found.total_steps == ramp.total_steps
+    assert found.final_sparsity == final
+    for step in range(60):
+        asked, given_ = ramp.at(step).sparsity, found.at(step).sparsity
+        assert given_ * m == pytest.approx(round(given_ * m))
+        assert asked - 1 / m - 1e-9 < given_ <= asked + 1e-9
+    assert grouped(found, m=m) == found
+
+
+@pytest.mark.parametrize(("sparsity", "m", "message"), [
+    (0.9, 4, r"groups of 4 weights cannot have the final sparsity of 0.9; 0.75 or another multiple of 1/4 works"),
+    (0.5, 1, "m needs to be at least 2"),
+    (0.5, 2.0, "m is a whole number"),
+])  # fmt: skip
+def test_a_final_sparsity_that_groups_cannot_have_is_refused(sparsity, m, message):
+    with pytest.raises(ScheduleError, match=message):
+        grouped(phases([(1, 0.25), (1, sparsity)]), m=m)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from sparsetwin.errors import ConfigError, SelectionError
 
+_GRADUAL_TRANSPOSABLE = 4  # for larger blocks, what is kept of them need not lie within what was kept before
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -24,9 +26,10 @@ class Unstructured:
 class NM:
     """Of every ``m`` neighbouring input channels ``n`` are kept, for each output and each tap of a kernel.
 
-    The sparsity is ``1 - n / m`` in every layer. A transposable mask is cut into blocks of ``m`` outputs by ``m``
-    inputs, with ``n`` kept in each row and in each column, so that the transposed weight has the pattern, too, and the
-    backward pass can use it. For ``m`` up to 4 the choice is the best there is; for larger ones it is a good one.
+    The sparsity is ``1 - n / m`` in every layer, and the last sparse phase of a run has it. Phases before that may keep
+    more of every group: `pattern_at`. A transposable mask is cut into blocks of ``m`` outputs by ``m`` inputs, with
+    ``n`` kept in each row and in each column, so that the transposed weight has the pattern, too, and the backward pass
+    can use it. For ``m`` up to 4 the choice is the best there is; for larger ones it is a good one.
 
     Raises:
         ConfigError: Unless 0 < n < m.
@@ -98,13 +101,56 @@ class Channel:
 Pattern = Unstructured | NM | Block | Channel
 
 
+def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
+    """Return what a pattern keeps in a phase of a sparsity: on the way to N:M more than ``n`` of every ``m``.
+
+    >>> pattern_at(NM(2, 4), 0.25)
+    NM(n=3, m=4, transposable=False)
+    >>> pattern_at(Block(4, 4), 0.9)
+    Block(rows=4, columns=4)
+
+    Args:
+        pattern: Which weights live and die together.
+        sparsity: Fraction in (0, 1) that the phase asks for.
+
+    Raises:
+        ConfigError: If groups of N:M cannot have that sparsity, or are pruned further than the pattern.
+    """
+    if not isinstance(pattern, NM):
+        return pattern
+    kept = round(pattern.m * (1 - sparsity))
+    found = math.isclose((pattern.m - kept) / pattern.m, sparsity, rel_tol=0.0, abs_tol=1e-9)
+    if found and kept == pattern.n:
+        return pattern
+    before = _sparsities_before(pattern)
+    if found and (pattern.m - kept) / pattern.m in before:
+        return NM(kept, pattern.m, pattern.transposable)
+    says = (
+        f"{pattern.n}:{pattern.m} keeps {pattern.n} of every {pattern.m} weights, a sparsity of {pattern.sparsity!r}; "
+        f"got {sparsity!r}"
+    )
+    if before:
+        listed = ", ".join(map(str, before))
+        says += f"; phases on the way to it may have {listed}, as schedules.grouped(schedule, m={pattern.m}) gives them"
+    elif pattern.n + 1 < pattern.m:
+        says += f"; a transposable pattern is pruned step by step for m up to {_GRADUAL_TRANSPOSABLE} only"
+    raise ConfigError(says)
+
+
+def _sparsities_before(pattern: NM) -> list[float]:
+    """Return the sparsities that groups can have on the way to a pattern, rising."""
+    if pattern.transposable and pattern.m > _GRADUAL_TRANSPOSABLE:
+        return []
+    return [pruned / pattern.m for pruned in range(1, pattern.m - pattern.n)]
+
+
 def check_pattern(pattern: Pattern, shapes: Mapping[str, Sequence[int]], sparsity: float) -> None:
     """Refuse, before training, a pattern that does not fit the layers or the sparsity.
 
     >>> check_pattern(NM(2, 4), {"fc": (10, 64)}, 0.5)
-    >>> check_pattern(NM(2, 4), {"fc": (10, 64)}, 0.9)
+    >>> check_pattern(NM(2, 3), {"fc": (10, 63)}, 0.9)
     Traceback (most recent call last):
-    sparsetwin.errors.ConfigError: 2:4 keeps 2 of every 4 weights, a sparsity of 0.5; got 0.9
+    sparsetwin.errors.ConfigError: 2:3 keeps 2 of every 3 weights, a sparsity of 0.3333333333333333; got 0.9
 
     Args:
         pattern: Which weights live and die together.
@@ -113,13 +159,9 @@ def check_pattern(pattern: Pattern, shapes: Mapping[str, Sequence[int]], sparsit
 
     Raises:
         SelectionError: If the groups of the pattern do not divide a layer.
-        ConfigError: If N:M fixes another sparsity.
+        ConfigError: If groups of N:M cannot have the sparsity, or are pruned further than the pattern.
     """
-    if isinstance(pattern, NM) and not math.isclose(pattern.sparsity, sparsity, rel_tol=0.0, abs_tol=1e-9):
-        raise ConfigError(
-            f"{pattern.n}:{pattern.m} keeps {pattern.n} of every {pattern.m} weights, a sparsity of "
-            f"{pattern.sparsity!r}; got {sparsity!r}"
-        )
+    pattern_at(pattern, sparsity)
     check_shapes(pattern, shapes)
 
 

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from commands import TINY, Commands
 
+from sparsetwin.cli.compare import _is_smoke_test
+from sparsetwin.comparison._contenders import changed
 from sparsetwin.errors import UsageError
+from sparsetwin.recipes import find_recipe
 from sparsetwin.training import RunFolder
 
 LENGTHS = ("--schedule.warmup", 0.25, "--schedule.sparse", 0.25, "--schedule.dense", 0.25,
@@ -229,7 +232,7 @@ def test_equal_flops_small_dense_networks_and_pretraining(cli: Commands) -> None
     assert float(rows["small-dense-flops"]["inference_share"]) == pytest.approx(of_acdc, rel=0.1)
     assert share["small-dense-flops"] == pytest.approx(float(rows["small-dense-flops"]["inference_share"]), rel=0.02)
     own = final(folder / "runs" / "oneshot-pretrained" / "0.75" / "seed-0")
-    before = final(folder / "runs" / "pretrained" / "seed-0")
+    before = final(folder / "runs" / "dense" / "dense" / "seed-0")
     assert share["oneshot-pretrained"] == pytest.approx(
         (own["training_flops"] + before["training_flops"]) / own["dense_training_flops"]
     )
@@ -244,9 +247,9 @@ def test_equal_flops_small_dense_networks_and_pretraining(cli: Commands) -> None
     assert float(longer["acdc"]["training_share"]) == share["acdc"]
     page = (folder / "comparison.html").read_text()
     assert "Equal training FLOPs" in page
-    assert "trained densely for as many epochs before: oneshot-pretrained" in page
+    assert "as those of the dense baseline: oneshot-pretrained" in page
     described = json.loads((folder / "runs" / "oneshot-pretrained" / "0.75" / "seed-0" / "run.json").read_text())
-    assert described["config"]["pretrained"] == str((folder / "runs" / "pretrained" / "seed-0").resolve())
+    assert described["config"]["pretrained"] == str((folder / "runs" / "dense" / "dense" / "seed-0").resolve())
 
 
 @pytest.mark.slow
@@ -309,3 +312,19 @@ def test_a_folder_with_other_files_is_left_alone(cli: Commands) -> None:
     assert done.code == 1
     assert "holds other files" in done.error
     assert [path.name for path in (cli.folder / "c").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "expected"),
+    [
+        ("cifar10-resnet20", {}, False),
+        ("cifar10-resnet20", {"train.epochs": 15}, False),
+        ("cifar10-resnet20", {"train.epochs": 14}, True),
+        ("cifar10-resnet20", {"dataset.samples": 500}, True),
+        ("cifar10-resnet20", {"dataset.samples": 20_000}, False),
+        ("digits", {"train.epochs": 1000}, True),
+        ("charlm-gpt", {"train.epochs": 15}, False),
+    ],
+)
+def test_what_is_too_short_or_too_small_to_rank_is_judged_by_epochs_and_data(recipe, changes, expected):
+    assert _is_smoke_test(changed(find_recipe(recipe), changes)) == expected

@@ -1,18 +1,23 @@
 """``train --method.name``: every method from the command line, with a dense half where there is one."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import TINY, Commands
 
+from sparsetwin.checkpoint import Pair
+from sparsetwin.grouped_selection import is_nm
 from sparsetwin.methods import METHODS
 
 EXTRA = {"woodfisher": ("--method.options", "samples=4")}
 NO_DENSE = {
     "static", "snip", "rigl", "set", "topkast", "str", "gmp", "granet", "st3", "woodfisher", "imp", "dense",
 }  # fmt: skip
+DENSE_START = ("gmp", "granet", "st3", "woodfisher")
+KNOWN = {*NO_DENSE, "acdc", "oneshot", "cram"}  # another method may have a dense half or not
 
 
 QUICK = ("static", "gmp", "oneshot", "imp", "woodfisher", "cram")  # the others are trained in tests/training
@@ -29,12 +34,13 @@ def test_a_name_is_enough(cli: Commands, name: str) -> None:
     assert done.code == 0, done.err
     members: Any = done.json["members"]
     said = f"{name} leaves no dense half that could be trained on, so none is" in done.err
-    assert said == (name in NO_DENSE)
+    assert said == (name in NO_DENSE) or name not in KNOWN
     assert ("dense-raw" in members) != said
     assert ("sparse" in members) == (name != "dense")
     config = json.loads((cli.folder / "run" / "run.json").read_text())["config"]
     assert config["train"]["dense_finetune"] != said
-    if name in ("gmp", "granet", "st3", "woodfisher"):
+    assert config["train"]["recalibrate_batches"] == (20 if name == "cram" else 0)
+    if name in DENSE_START:
         assert "dense-start" in members
         assert "dense" not in members
         assert "\nSparse " in done.out  # with which the sentence about the run begins
@@ -68,6 +74,29 @@ def test_a_pattern_a_sparsity_for_each_layer_and_options(cli: Commands) -> None:
     layers = [line for line in lines if line["event"] == "phase" and line["stage"] == "main"][-1]["layers"]
     assert len(layers) == 2
     assert all(2 * kept == size for kept, size in layers.values())
+
+
+@pytest.mark.parametrize("name", ["gmp", "acdc"])
+def test_two_of_four_are_reached_by_way_of_three(cli: Commands, name: str) -> None:
+    lengths = {
+        "gmp": ("--schedule.start", 0, "--schedule.stop", 0.8, "--schedule.every", 0.05),
+        "acdc": (*chain.from_iterable((f"--schedule.{part}", 0.2) for part in
+                                      ("warmup", "sparse", "dense", "final-dense", "final-sparse")),
+                 "--schedule.ramp", 0.15),
+    }[name]  # fmt: skip
+    done = cli.run(
+        "train", "digits", *TINY, "--epochs", 1, "--method.name", name, "--method.pattern", "2:4",
+        "--schedule.sparsity", 0.5, *lengths, "--targets.dense-first", "--out", "run", "--quiet",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    run = cli.folder / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    phases = [line for line in lines if line["event"] == "phase" and line["stage"] == "main"]
+    shares = [{1 - kept / size for kept, size in line["layers"].values()} for line in phases]
+    assert [share for share in shares if share != {0.0}] == {"gmp": [{0.25}, {0.5}], "acdc": [{0.25}, {0.5}] * 2}[name]
+    masks = Pair(run / "pair").masks("sparse")
+    assert set(masks) == set(phases[-1]["layers"])
+    assert all(is_nm(mask, 2, 4) for mask in masks.values())
 
 
 def test_a_method_that_there_is_not_is_told_with_the_nearest(cli: Commands) -> None:

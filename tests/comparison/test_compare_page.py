@@ -5,16 +5,17 @@ from pathlib import Path
 
 from sparsetwin.comparison import find_contender, known_labels
 from sparsetwin.comparison._plan import TUNING_SEED
-from sparsetwin.comparison._spaces import COMMON, HAM_KNOBS, KNOBS, Knob
-from sparsetwin.methods import METHODS
+from sparsetwin.comparison._spaces import COMMON, HAM_KNOBS
+from sparsetwin.methods import METHODS, Knob
 from sparsetwin.report import METHOD_HEADINGS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "compare.md").read_text()
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading: str, *, page: str = PAGE) -> list[list[str]]:
     """Return the cells of the table whose heading row begins so."""
-    lines = PAGE[PAGE.index(heading) :].splitlines()[2:]
+    lines = page[page.index(heading) :].splitlines()[2:]
     table = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
 
@@ -31,10 +32,12 @@ def shown(knob: Knob) -> str:
 def test_the_search_space_is_the_published_one():
     published = {
         (method.strip(" `"), path.strip("`"), values)
-        for methods, path, values in rows("| methods | setting")
+        for page in (PAGE, *(card.read_text() for card in DOCS.glob("methods/*.md")))
+        if "| methods | setting" in page
+        for methods, path, values in rows("| methods | setting", page=page)
         for method in methods.split(",")
     }
-    spaces = {"all": COMMON, "with HAM": HAM_KNOBS, **KNOBS}
+    spaces = {"all": COMMON, "with HAM": HAM_KNOBS, **{name: method.knobs for name, method in METHODS.items()}}
     assert published == {(name, knob.path, shown(knob)) for name, knobs in spaces.items() for knob in knobs}
     assert f"same seed ({TUNING_SEED})" in PAGE
 

@@ -8,7 +8,6 @@ from small_network import PRUNED, batch, loss_of, network
 from torch import nn
 
 import sparsetwin as st
-from sparsetwin.data.digits import Digits
 from sparsetwin.errors import ConfigError, ScheduleError, SelectionError, UsageError
 
 DENSE = st.schedules.constant(sparsity=0.0, total_steps=8)
@@ -353,44 +352,36 @@ def test_what_cannot_be_is_refused(fields, error, message):
         st.CrAM(**{"schedule": DENSE, **fields})
 
 
+@pytest.mark.parametrize(
+    ("final", "expected"),
+    [
+        (None, (0.5, 0.7, 0.9)),
+        (0.5, (0.5, 0.7, 0.9)),
+        (0.9, (0.5, 0.7, 0.9)),
+        (0.93, (0.5, 0.7, 0.8, 0.9, 0.95)),
+        (0.95, (0.5, 0.7, 0.8, 0.9, 0.95)),
+        (0.98, (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)),
+    ],
+)
+def test_the_published_sparsities_for_the_final_one_are_drawn(final, expected):
+    schedule = DENSE if final is None else st.schedules.phases([(4, 0.0), (4, final)])
+    method = st.CrAM(schedule=schedule)
+    assert method.drawn_sparsities == expected
+    assert method.config()["sparsities"] == list(expected)
+    assert st.CrAM(schedule=schedule, sparsities=[0.6]).drawn_sparsities == (0.6,)
+
+
+def test_the_list_of_the_final_sparsity_trains_like_the_same_list_given():
+    schedule, bits = st.schedules.phases([(12, 0.0), (1, 0.95)]), []
+    for fields in ({}, {"sparsities": (0.5, 0.7, 0.8, 0.9, 0.95)}, {"sparsities": (0.5, 0.7, 0.9)}):
+        trial = Trial(schedule=schedule, **fields)
+        for _ in range(12):
+            trial.step()
+        bits.append(trial.bits())
+    assert_equal(bits[0], bits[1])
+    assert not all(torch.equal(a, b) for a, b in zip(bits[0], bits[2], strict=True))
+
+
 def test_a_sparsity_that_leaves_a_layer_empty_is_refused_before_training():
     with pytest.raises(SelectionError, match="3"):
         Trial(sparsities=(0.5, 0.999))
-
-
-# What it is for
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_digits_network_loses_less_when_it_is_cut_than_one_trained_plainly(seed):
-    data = Digits().load(None, batch_size=64, eval_batch_size=200, seed=seed, device=torch.device("cpu"))
-    batches = [batch for epoch in range(10) for batch in data.train.epoch(epoch)]
-
-    def losses(method):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        sparsifier = st.Sparsifier(method, model, optimizer, seed=seed)
-
-        def loss_on(inputs, labels):
-            return nn.functional.cross_entropy(model(inputs), labels)
-
-        for inputs, labels in batches:
-
-            def closure(inputs=inputs, labels=labels):
-                loss = loss_on(inputs, labels)
-                loss.backward()
-                return loss
-
-            sparsifier.backward(closure)
-            optimizer.step()
-            optimizer.zero_grad()
-        dense = sum(loss_on(*batch).item() for batch in data.test.epoch(0))
-        sparsifier.begin_step()  # the cut
-        return dense, sum(loss_on(*batch).item() for batch in data.test.epoch(0))
-
-    schedule = st.schedules.phases([(len(batches), 0.0), (1, 0.9)])
-    _, plain_cut = losses(st.OneShot(schedule=schedule))
-    dense, cut = losses(st.CrAM(schedule=schedule))
-    assert cut < 0.5 * plain_cut
-    assert dense < cut

@@ -14,6 +14,9 @@ FROM_DENSE = st.schedules.gradual(sparsity=0.85, total_steps=18, start_step=2, s
 FROM_HALF = st.schedules.gradual(
     sparsity=0.85, total_steps=18, start_step=0, stop_step=12, every_steps=3, initial_sparsity=0.5
 )
+REGENERATES = st.schedules.gradual(
+    sparsity=0.85, total_steps=18, start_step=2, stop_step=8, every_steps=3, final_every_steps=2
+)
 GOES_ON = st.schedules.phases([(3, 0.5), (3, 0.7), (4, 0.7), (4, 0.7), (4, 0.8)])
 
 
@@ -107,7 +110,7 @@ def reference(schedule, first_masks, *, in_each_layer) -> list[dict[str, torch.T
     return trajectory
 
 
-@pytest.mark.parametrize("schedule", [FROM_DENSE, FROM_HALF, GOES_ON], ids=["from dense", "from half", "goes on"])
+@pytest.mark.parametrize("schedule", [FROM_DENSE, FROM_HALF, REGENERATES, GOES_ON], ids=str)
 @pytest.mark.parametrize("in_each_layer", [False, True])
 def test_granet_has_the_bits_of_the_plain_loop_at_every_step(schedule, in_each_layer):
     model = network()
@@ -181,6 +184,26 @@ def test_regeneration_leaves_the_number_of_kept_weights_of_every_layer():
     without, with_half = counts(0.0), counts(0.5)
     assert {n: int(m.sum()) for n, m in without.items()} == {n: int(m.sum()) for n, m in with_half.items()}
     assert all(not torch.equal(mask, with_half[name]) for name, mask in without.items())
+
+
+def test_after_the_last_pruning_weights_are_still_dropped_and_grown():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = st.Sparsifier(st.GraNet(schedule=REGENERATES), model, optimizer)
+    seen = []
+    for step in range(18):
+        sparsifier.begin_step()
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(dict(sparsifier.masks))
+    at_the_end = [8, 10, 12, 14, 16]
+    assert [phase.start for phase in REGENERATES.phases][-5:] == at_the_end
+    counts = [{name: int(mask.sum()) for name, mask in masks.items()} for masks in seen]
+    assert counts[8] == counts[17]
+    for step in range(9, 18):
+        moved = any(not torch.equal(mask, seen[step - 1][name]) for name, mask in seen[step].items())
+        assert moved == (step in at_the_end)
 
 
 def test_gradients_of_all_weights_are_asked_for_where_a_sparse_phase_begins_but_not_at_the_first_step():

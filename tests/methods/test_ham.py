@@ -17,9 +17,11 @@ PRUNED = ("0.weight", "4.weight", "6.weight")
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
     "sgd-fused": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
     "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+    "adamax": lambda parameters: torch.optim.Adamax(parameters, lr=0.01, foreach=True),
 }
 
 
@@ -129,13 +131,14 @@ def test_acdc_with_it_follows_the_plain_loop(optimizer):
         for name, mask in masks.items():
             parameters[name].grad[~mask] = 0.0
         lr = plain_optimizer.param_groups[0]["lr"]
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         for o, scheduler in zip((sparse_optimizer, plain_optimizer), schedulers, strict=True):
             o.step()
             scheduler.step()
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.ndim > 1:
-                    parameter.copy_(mirrored(parameter, parameter.grad, lr))
+                    parameter.copy_(mirrored(parameter, gradients[name], lr))
                     parameter.copy_(torch.where(masks[name], parameter, 0) if masks else parameter)
         assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.masks.items())
         for name, parameter in model.named_parameters():

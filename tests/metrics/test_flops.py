@@ -211,3 +211,12 @@ def test_impossible_counts_are_refused_by_name(nonzero, said):
     forward = count_forward_flops(nn.Linear(4, 2), torch.zeros(1, 4))
     with pytest.raises(StateError, match=f"weight has 8 elements; its {'non-zeros: ' * (said == 'not given')}{said}"):
         forward.total(nonzero)
+
+
+def test_counts_of_several_samples_cost_the_sum_of_what_each_does():
+    forward = count_forward_flops(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.zeros(1, 4))
+    each = [{"0.weight": count} for count in (0, 3, 8)]
+    assert forward.total({"0.weight": 11}, samples=3) == sum(forward.total(counts) for counts in each)
+    assert forward.total(samples=3) == 3 * forward.total()
+    with pytest.raises(StateError, match=r"0\.weight has 24 elements; its non-zeros: 25"):
+        forward.total({"0.weight": 25}, samples=3)

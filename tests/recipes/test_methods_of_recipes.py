@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -49,17 +50,22 @@ class TestUsualSchedules:
         assert found.schedule.phases[-1].sparsity == 0.9
         assert found.schedule.at(130).sparsity == pytest.approx(0.9 - 0.9 * (1 - 20 / 650) ** 3)
 
-    @pytest.mark.parametrize(("name", "stop"), [("granet", 500), ("st3", 750)])
-    def test_sparsity_rises_from_the_first_step_on(self, name, stop):
-        assert turns(built(name)) == list(range(0, stop + 1, 10))
+    def test_the_sparsity_of_st3_rises_from_the_first_step_on(self):
+        assert turns(built("st3")) == list(range(0, 751, 10))
+
+    def test_granet_prunes_for_half_the_run_and_regenerates_to_its_end(self):
+        schedule = built("granet").schedule
+        assert [phase.start for phase in schedule.phases] == list(range(0, 1000, 10))
+        assert all(before.sparsity < after.sparsity for before, after in pairwise(schedule.phases[:51]))
+        assert {phase.sparsity for phase in schedule.phases if phase.start >= 500} == {0.9}
 
     @pytest.mark.parametrize(("name", "stop"), [("rigl", 750), ("set", 1000)])
     def test_masks_move_a_hundred_times_a_run(self, name, stop):
         assert turns(built(name)) == list(range(0, stop, 10))
 
-    def test_oneshot_prunes_in_the_middle_and_cram_at_the_end(self):
+    def test_oneshot_prunes_in_the_middle_and_cram_in_the_last_step(self):
         assert turns(built("oneshot")) == [0, 500]
-        assert turns(built("cram")) == [0, 980]
+        assert turns(built("cram")) == [0, 999]
 
     def test_woodfisher_prunes_six_times(self):
         assert turns(built("woodfisher")) == [0, 100, 200, 300, 400, 500, 600]
@@ -126,6 +132,14 @@ class TestOtherSchedules:
         found = built("granet", initial_sparsity=0.5)
         assert found.schedule.phases[0].sparsity == 0.5
 
+    def test_granet_regenerates_as_often_as_it_prunes(self):
+        found = built("granet", stop=3.0, every=0.8)
+        assert turns(found) == [0, 80, 160, 240, 300, 380, 460, 540, 620, 700, 780, 860, 940]
+        assert [phase.sparsity == 0.9 for phase in found.schedule.phases] == [False] * 4 + [True] * 9
+
+    def test_a_cut_may_come_earlier(self):
+        assert turns(built("cram", start=9.0)) == [0, 900]
+
     def test_a_place_nearer_to_the_start_than_half_a_step_is_the_start(self):
         assert turns(built("rigl", every=0.001, stop=0.03)) == [0, 1, 2]
         assert turns(built("gmp", start=0.001, stop=2.0, every=1.0)) == [0, 100, 200]
@@ -159,6 +173,38 @@ class TestOtherSchedules:
         first = [p.sparsity for p in ramp.schedule.phases if 200 <= p.start < 400]
         assert first == sorted(first)
         assert first[-1] == 0.9
+
+
+class TestGroups:
+    """N:M has a few sparsities alone, and a schedule is rounded to these."""
+
+    def build(self, name: str, pattern: str, sparsity: float, **schedule: object) -> list[tuple[int, float]]:
+        found = MethodSettings(name=name, pattern=pattern).build(
+            ScheduleSettings(sparsity=sparsity, **schedule), steps_per_epoch=STEPS, epochs=10
+        )
+        return [(phase.start, phase.sparsity) for phase in found.schedule.phases]
+
+    @pytest.mark.parametrize("pattern", ["2:4", "transposable-2:4"])
+    def test_gmp_keeps_four_then_three_then_two(self, pattern):
+        assert self.build("gmp", pattern, 0.5) == [(0, 0.0), (240, 0.25), (750, 0.5)]
+
+    def test_a_ramp_of_acdc_keeps_three_before_two(self):
+        lengths = {"warmup": 2, "sparse": 2, "dense": 2, "final_dense": 2, "final_sparse": 4}
+        assert self.build("acdc", "2:4", 0.5, ramp=1, **lengths) == [
+            (0, 0.0), (200, 0.25), (300, 0.5), (400, 0.0), (600, 0.25), (700, 0.5)
+        ]  # fmt: skip
+        assert self.build("acdc", "2:4", 0.5, **lengths) == [(0, 0.0), (200, 0.5), (400, 0.0), (600, 0.5)]
+
+    def test_explicit_phases_and_other_patterns_are_left_as_they_are(self):
+        assert self.build("gmp", "2:4", 0.9, phases=((5.0, 0.0), (5.0, 0.25))) == [(0, 0.0), (500, 0.25)]
+        assert len(self.build("gmp", "4x4", 0.9)) == len(built("gmp").schedule.phases)
+
+    @pytest.mark.parametrize("name", ["acdc", "gmp", "oneshot", "snip"])
+    def test_a_sparsity_that_the_pattern_does_not_have_is_refused_with_the_flag_to_add(self, name):
+        with pytest.raises(
+            ConfigError, match=r"2:4 has a sparsity of 0.5, the schedule 0.9; add --schedule.sparsity 0.5"
+        ):
+            self.build(name, "2:4", 0.9, warmup=2, sparse=2, dense=2, final_dense=2, final_sparse=4)
 
 
 class TestFields:

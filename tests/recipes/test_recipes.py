@@ -4,11 +4,20 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import sparsetwin as st
-from sparsetwin.data import Cifar10, Cifar100, ImageNet
+from sparsetwin.data import CharText, Cifar10, Cifar100, Digits, ImageNet
 from sparsetwin.errors import ConfigError, ScheduleError
-from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, check_recipe, find_recipe, recipe_from_plain
+from sparsetwin.recipes import (
+    RECIPES,
+    ModelSettings,
+    Recipe,
+    check_recipe,
+    find_recipe,
+    recipe_from_plain,
+    training_samples,
+)
 from sparsetwin.schedules import paper
 from sparsetwin.training import LearningRateSettings
 
@@ -164,3 +173,24 @@ class TestSchedule:
     def test_explicit_phases_of_parts_of_epochs_end_where_they_should(self) -> None:
         made = self.settings(phases=((0.33, 0.0), (0.33, 0.9), (1.34, 0.5))).schedule
         assert [phase.stop for phase in made.build(steps_per_epoch=10, epochs=2).phases] == [3, 7, 20]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "samples"),
+    [
+        (Cifar10(), 45_000),
+        (Cifar100(samples=500, holdout=0.0), 500),
+        (ImageNet(holdout=0.0), 1_281_167),
+        (CharText(), None),
+        (CharText(samples=100, context=64), 6400),
+    ],
+)
+def test_samples_of_an_epoch_are_known_before_any_is_read(dataset, samples):
+    assert training_samples(dataset) == samples
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.1, 0.25])
+def test_those_of_the_digits_are_what_is_read(holdout):
+    digits = Digits(holdout=holdout, drop_last=False)
+    read = digits.load(None, batch_size=64, eval_batch_size=64, seed=0, device=torch.device("cpu"))
+    assert training_samples(digits) == read.train.samples

@@ -17,10 +17,11 @@ from small_runs import (
     read,
     sgd,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import sparsetwin as st
 from sparsetwin.errors import StateError
+from sparsetwin.grouped_selection import is_nm
 from sparsetwin.methods import METHODS, Method
 from sparsetwin.schedules import Phase
 
@@ -36,6 +37,35 @@ def in_each_layer(phase: Phase, sizes: Mapping[str, int]) -> int:
     return sum(size - round(phase.sparsity * size) for size in sizes.values())
 
 
+def in_whole_groups(size: int, members: int, sparsity: float) -> int:
+    """The nearest whole number of groups, of two equally near ones the smaller, but at least one."""
+    wanted = size - round(sparsity * size)
+    return min(range(members, size + 1, members), key=lambda kept: (abs(kept - wanted), kept))
+
+
+def in_blocks(phase: Phase, sizes: Mapping[str, int]) -> int:
+    return in_whole_groups(sum(sizes.values()), 16, phase.sparsity)
+
+
+def in_channels(phase: Phase, sizes: Mapping[str, int]) -> int:
+    members = {"0.weight": 9, "4.weight": 48, "6.weight": 8}
+    return sum(in_whole_groups(size, members[name], phase.sparsity) for name, size in sizes.items())
+
+
+def are_groups_of_four(mask: Tensor, phase: Phase, *, transposable: bool = False) -> bool:
+    return is_nm(mask, {0.25: 3, 0.5: 2}[phase.sparsity], 4, transposable=transposable)
+
+
+def are_blocks(mask: Tensor, phase: Phase) -> bool:
+    outputs, inputs = mask.shape
+    places = [(i, j) for i in range(0, outputs, 4) for j in range(0, inputs, 4)]
+    return all(int(mask[i : i + 4, j : j + 4].sum()) in (0, 16) for i, j in places)
+
+
+def are_channels(mask: Tensor, phase: Phase) -> bool:
+    return all(int(channel.sum()) in (0, channel.numel()) for channel in mask)
+
+
 @dataclass(frozen=True)
 class Row:
     """A method with its schedule, what it keeps in a sparse phase, and what it is excused from."""
@@ -44,6 +74,15 @@ class Row:
     make: Callable[[], Method]
     kept: KeptPerPhase = globally
     exceptions: frozenset[str] = frozenset()  # names of the tests below that do not hold, as its card says
+    has_structure: Callable[[Tensor, Phase], bool] | None = None  # of a mask, for a pattern
+    exclude: tuple[str, ...] = ()  # targets that groups do not divide
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, size in SIZES.items() if name not in self.exclude}
+
+    def run(self, **arguments) -> Run:
+        return Run.new(self.make(), targets=st.Targets(exclude=self.exclude), **arguments)
 
 
 DENSE = st.schedules.constant(sparsity=0.0, total_steps=5)
@@ -56,6 +95,17 @@ PERIODIC = st.schedules.periodic(sparsity=0.8, total_steps=10, every_steps=3, st
 FROM_HALF = st.schedules.phases([(2, 0.5), (2, 0.7), (2, 0.8), (3, 0.8)])
 PER_LAYER = st.PerLayer({"0.weight": 0.1, "4.weight": 0.8, "6.*": 0.5})
 CUT = st.schedules.phases([(6, 0.0), (3, 0.8)])
+RAMP_OF_FOUR = st.schedules.grouped(
+    st.schedules.ramped(st.schedules.phases([(2, 0.0), (4, 0.5), (2, 0.0), (4, 0.5)]), ramp_steps=3, prunings=3), m=4
+)
+GRADUAL_OF_FOUR = st.schedules.grouped(
+    st.schedules.gradual(sparsity=0.5, total_steps=10, start_step=1, stop_step=7, every_steps=2), m=4
+)
+OF_FOUR = {"has_structure": are_groups_of_four, "exclude": ("0.weight",)}
+OF_FOUR_BOTH_WAYS = {**OF_FOUR, "has_structure": lambda *of: are_groups_of_four(*of, transposable=True)}
+BLOCKS = {"kept": in_blocks, "has_structure": are_blocks, "exclude": ("0.weight",)}
+CHANNELS = {"kept": in_channels, "has_structure": are_channels}
+CHANNELS_OF_EACH = {"pattern": st.Channel(), "distribution": st.Uniform()}
 NO_COUNT = frozenset({"test_exactly_the_requested_number_is_kept_and_the_others_are_exactly_zero"})
 ROWS = {
     "acdc": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE)),
@@ -72,6 +122,18 @@ ROWS = {
     "acdc-ham": Row("acdc", lambda: st.ACDC(schedule=SCHEDULE, ham=st.HAM())),
     "gmp": Row("gmp", lambda: st.GMP(schedule=GRADUAL)),
     "gmp-movement": Row("gmp", lambda: st.GMP(schedule=GRADUAL, score="movement", distribution=st.ERK())),
+    "acdc-2:4": Row("acdc", lambda: st.ACDC(schedule=RAMP_OF_FOUR, pattern=st.NM(2, 4)), **OF_FOUR),
+    "acdc-transposable": Row(
+        "acdc", lambda: st.ACDC(schedule=RAMP_OF_FOUR, pattern=st.NM(2, 4, transposable=True)), **OF_FOUR_BOTH_WAYS
+    ),
+    "acdc-blocks": Row("acdc", lambda: st.ACDC(schedule=RAMP, pattern=st.Block(4, 4)), **BLOCKS),
+    "acdc-channels": Row("acdc", lambda: st.ACDC(schedule=RAMP, **CHANNELS_OF_EACH), **CHANNELS),
+    "gmp-2:4": Row("gmp", lambda: st.GMP(schedule=GRADUAL_OF_FOUR, pattern=st.NM(2, 4)), **OF_FOUR),
+    "gmp-transposable": Row(
+        "gmp", lambda: st.GMP(schedule=GRADUAL_OF_FOUR, pattern=st.NM(2, 4, transposable=True)), **OF_FOUR_BOTH_WAYS
+    ),
+    "gmp-blocks": Row("gmp", lambda: st.GMP(schedule=GRADUAL, pattern=st.Block(4, 4)), **BLOCKS),
+    "gmp-channels": Row("gmp", lambda: st.GMP(schedule=GRADUAL, **CHANNELS_OF_EACH), **CHANNELS),
     "oneshot": Row("oneshot", lambda: st.OneShot(schedule=st.schedules.phases([(3, 0.0), (4, 0.8)]))),
     "oneshot-pretrained": Row("oneshot", lambda: st.OneShot(schedule=SPARSE, score="sensitivity")),
     "static": Row("static", lambda: st.Static(schedule=SPARSE)),
@@ -142,7 +204,7 @@ class TestEveryMethod:
         def described(model):
             return {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
 
-        run, expected = Run.new(row.make()), described(network())
+        run, expected = row.run(), described(network())
         for _ in range(run.sparsifier.method.schedule.total_steps):
             run.step()
             assert described(run.model) == expected
@@ -151,7 +213,7 @@ class TestEveryMethod:
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_a_run_loaded_after_any_step_goes_on_with_the_bits_of_an_uninterrupted_one(self, row, optimizer):
         def new():
-            return Run.new(row.make(), make_optimizers=OPTIMIZERS[optimizer])
+            return row.run(make_optimizers=OPTIMIZERS[optimizer])
 
         whole = new()
         total = whole.sparsifier.method.schedule.total_steps
@@ -161,17 +223,17 @@ class TestEveryMethod:
             saved.append(whole.saved())
             trajectory.append(bits(whole))
         for steps in range(total + 1):
-            resumed = Run.new(row.make(), make_optimizers=OPTIMIZERS[optimizer], seed=7).load(saved[steps])
+            resumed = row.run(make_optimizers=OPTIMIZERS[optimizer], seed=7).load(saved[steps])
             assert_same_bits(bits(resumed), trajectory[steps], context=f"loaded after {steps}")
             for step in range(steps + 1, total + 1):
                 resumed.step()
                 assert_same_bits(bits(resumed), trajectory[step], context=f"at {step}, loaded after {steps}")
 
     def test_loading_before_the_model_is_refused_in_sparse_phases(self, row):
-        run = Run.new(row.make())
+        run = row.run()
         for _ in range(run.sparsifier.method.schedule.total_steps):
             run.step()
-            fresh = Run.new(row.make(), seed=7)
+            fresh = row.run(seed=7)
             state = read(run.saved())["sparsifier"]
             if run.phase.is_sparse:
                 with pytest.raises(StateError, match="load the model, then the optimizer, then the sparsifier"):
@@ -181,13 +243,13 @@ class TestEveryMethod:
                 fresh.sparsifier.load_state_dict(state)
 
     def test_exactly_the_requested_number_is_kept_and_the_others_are_exactly_zero(self, row):
-        run = Run.new(row.make())
+        run = row.run()
         for _ in range(run.sparsifier.method.schedule.total_steps):
             run.step()
             masks = run.sparsifier.masks
-            assert list(masks) == (list(SIZES) if run.phase.is_sparse else [])
+            assert list(masks) == (list(row.sizes) if run.phase.is_sparse else [])
             if run.phase.is_sparse:
-                assert sum(int(mask.sum()) for mask in masks.values()) == row.kept(run.phase, SIZES)
+                assert sum(int(mask.sum()) for mask in masks.values()) == row.kept(run.phase, row.sizes)
             assert_pruned_are_exact_zeros(run)
 
     @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
@@ -195,9 +257,23 @@ class TestEveryMethod:
     def test_names_may_differ_between_saving_and_loading(self, row, wrap, wrapped_at):
         at_saving, at_loading = (wrap, bare) if wrapped_at == "saving" else (bare, wrap)
         total = row.make().schedule.total_steps
-        expected = bits(Run.new(row.make()).train(total))
+        expected = bits(row.run().train(total))
         for steps in (total // 3, total - 1):
-            first = Run.new(row.make(), model=at_saving(network())).train(steps)
-            assert first.sparsifier.target_names == tuple(SIZES)
-            second = Run.new(row.make(), model=at_loading(network(7))).load(first.saved())
+            first = row.run(model=at_saving(network())).train(steps)
+            assert first.sparsifier.target_names == tuple(row.sizes)
+            second = row.run(model=at_loading(network(7))).load(first.saved())
             assert_same_bits(bits(second.train(total - steps)), expected, context=steps)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.has_structure])
+def test_masks_have_the_structure_of_the_pattern_and_only_shrink_from_one_sparse_phase_to_the_next(name):
+    row = ROWS[name]
+    run, before, sparsities = row.run(), {}, []
+    for _ in range(run.sparsifier.method.schedule.total_steps):
+        run.step()
+        masks = run.sparsifier.masks
+        assert all(row.has_structure(mask, run.phase) for mask in masks.values())
+        assert all(bool((before[name] | ~mask).all()) for name, mask in masks.items() if before)
+        before = masks
+        sparsities.append(run.phase.sparsity)
+    assert len(set(sparsities)) >= 3  # dense, on the way, there

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SCHEDULES, STEPS, Numbers, make_method, make_run, network
+from tiny import STEPS, Numbers, make_method, make_run, network, usual_schedule
 
 from sparsetwin.checkpoint import Pair
 from sparsetwin.errors import ConfigError, TrainingError
@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 
 def stops(name: str) -> list[int]:
     """Return the end of a phase, one step after it, and one before the end of the run."""
-    schedule = SCHEDULES[name]
+    schedule = usual_schedule(name)
     middle = schedule.phases[len(schedule.phases) // 2].start or schedule.total_steps // 2
     return sorted({middle, middle + 1, schedule.total_steps - 1})
 

@@ -1,5 +1,6 @@
 """Runs of a few steps on a tiny network and random numbers, for any method; costs can be counted by hand."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from trials import CPU
 from sparsetwin.data import Splits
 from sparsetwin.distributions import Uniform
 from sparsetwin.methods import METHODS, Method
+from sparsetwin.recipes import MethodSettings, ScheduleSettings
 from sparsetwin.schedules import Schedule, alternating, periodic, phases, rounds
 from sparsetwin.targets import Targets
 from sparsetwin.training import (
@@ -96,10 +98,21 @@ def make_run(folder: Path, method: Method, *, data: Numbers | None = None, model
 
 def make_method(name: str, schedule: Schedule | None = None, **fields: Any) -> Method:
     """Return a method with equally sparse layers and a usual schedule of eight or more steps."""
-    uniform = {} if name == "dense" else {"distribution": Uniform()}
+    spreads = any(each.name == "distribution" for each in dataclasses.fields(METHODS[name]))
+    uniform = {"distribution": Uniform()} if spreads else {}
     small = {"woodfisher": {"samples": 3, "block_size": 8}, "cram": {"sparsities": (0.5, 0.75)}}.get(name, {})
-    made = SCHEDULES[name] if schedule is None else schedule
+    made = usual_schedule(name) if schedule is None else schedule
     return METHODS[name](schedule=made, **{**uniform, **small, **fields})
+
+
+def usual_schedule(name: str) -> Schedule:
+    """Return the schedule below, which gives round costs, or what a recipe makes of the method's usual course."""
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    lengths = ScheduleSettings(
+        sparsity=0.75, unit="fractions", warmup=0.25, sparse=0.125, dense=0.125, final_dense=0.25, final_sparse=0.25
+    )
+    return MethodSettings(name=name).build(lengths, steps_per_epoch=STEPS, epochs=2).schedule
 
 
 _RISING = phases([(2, 0.0), (2, 0.5), (4, 0.75)])

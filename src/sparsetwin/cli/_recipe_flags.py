@@ -18,6 +18,7 @@ _SHORT_SCHEDULE = {
     f"--{field.name.replace('_', '-')}": f"--schedule.{field.name.replace('_', '-')}"
     for field in dataclasses.fields(ScheduleSettings)
 }
+_RECALIBRATED = 20  # batches for the statistics of a network that is cut in the last step, as `compare` has it
 _SWITCHES = ("--quiet", "--json", "--qat")
 
 
@@ -68,11 +69,19 @@ def overridden(recipe: Recipe, *, default: Recipe, flags: Sequence[str]) -> Reci
     made = dataclasses.replace(
         recipe, model=_model(recipe.model, default.model), schedule=_schedule(recipe.schedule, default.schedule)
     )
-    is_asked = any(flag.replace("_", "-").startswith("--train.dense-finetune") for flag in flags)
-    is_other = (made.method.name, made.schedule.kind) != (default.method.name, default.schedule.kind)
-    if not made.train.dense_finetune or is_asked or not is_other or leaves_dense_half(made):
+    if (made.method.name, made.schedule.kind) == (default.method.name, default.schedule.kind):
         return made
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, dense_finetune=False))
+    train = made.train
+    if train.dense_finetune and not _is_asked("--train.dense-finetune", flags) and not leaves_dense_half(made):
+        train = dataclasses.replace(train, dense_finetune=False)
+    is_cut = made.schedule.kind_of(made.method.name) == "cut" and not made.schedule.phases
+    if is_cut and not train.recalibrate_batches and not _is_asked("--train.recalibrate-batches", flags):
+        train = dataclasses.replace(train, recalibrate_batches=_RECALIBRATED)
+    return dataclasses.replace(made, train=train)
+
+
+def _is_asked(name: str, flags: Sequence[str]) -> bool:
+    return any(flag.replace("_", "-").startswith(name) for flag in flags)
 
 
 def _model(given: ModelSettings, default: ModelSettings) -> ModelSettings:

@@ -1,9 +1,10 @@
 """A method whose sparsity is not asked for but comes out: trials that look for the setting that gives it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 CLOSE = 0.005
 """Difference of sparsities, as fractions, up to which a trial has found what it looked for."""
@@ -18,6 +19,7 @@ class Aim:
 
     path: str  # field of the recipe
     first: float  # of the first trial
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the trials alone: field of the recipe -> value
 
 
 @dataclass(frozen=True, kw_only=True)

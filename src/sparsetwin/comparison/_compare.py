@@ -105,8 +105,9 @@ def _said(plan: Plan) -> list[str]:
     if any(contender.starts for contender in plan.contenders):
         starts = ", ".join(contender.label for contender in plan.contenders if contender.starts)
         said.append(
-            f"Begun from a network that was trained densely for as many epochs before: {starts}. Its FLOPs and its "
-            "time are counted with theirs, so at equal epochs these methods train twice as long as the others."
+            f"Begun from a network that was trained densely for as many epochs before, with settings tuned as those of "
+            f"the dense baseline: {starts}. Its FLOPs and its time are counted with theirs, so at equal epochs these "
+            "methods train twice as long as the others."
         )
     if plan.equal_flops:
         said.append(

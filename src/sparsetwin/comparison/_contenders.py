@@ -27,6 +27,7 @@ class Contender:
     shrinks: str | None = None  # "parameters" or "flops": a narrower dense network, equal in these to the sparse one
     starts: str | None = None  # PRETRAINED where training begins from the weights of a dense run
     aim: Aim | None = None  # what its trials set to reach the sparsity, where that cannot be asked for
+    whole_rounds: bool = False  # whether each round of training and pruning takes the recipe's epochs
 
     @property
     def method(self) -> str:
@@ -72,7 +73,12 @@ _SPECIAL = {
         Contender(label="gmp-pretrained", changes={"method.name": "gmp", "schedule.start": 0.0}, starts=PRETRAINED),
         Contender(label="woodfisher", changes={"method.name": "woodfisher"}, starts=PRETRAINED),
         Contender(label="cram", changes={"method.name": "cram", "train.recalibrate_batches": 20}),
-        Contender(label="str", changes={"method.name": "str", "method.options.exact_final": True}),
+        Contender(label="imp-whole", changes={"method.name": "imp"}, whole_rounds=True),
+        Contender(
+            label="str",
+            changes={"method.name": "str", "method.options.exact_final": True},
+            aim=Aim(path="method.options.initial", first=-4.0, changes={"method.options.exact_final": False}),
+        ),
         Contender(
             label="str-learned",
             changes={"method.name": "str"},

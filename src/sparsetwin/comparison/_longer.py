@@ -26,6 +26,20 @@ def lengthened(recipe: Recipe, epochs: int) -> Recipe:
     return changed(recipe, {**changes, **_schedule(recipe, factor)})
 
 
+def in_whole_rounds(recipe: Recipe) -> Recipe:
+    """Return a recipe of rounds of training and pruning in which each takes as many epochs as the recipe has.
+
+    Args:
+        recipe: Of a method with rounds. The step that they go back to stays where it is.
+    """
+    settings, epochs = recipe.schedule, recipe.train.epochs
+    longer = lengthened(recipe, epochs * (settings.rounds + 1))
+    if settings.start is not None and settings.unit != "fractions":
+        return changed(longer, {"schedule.start": settings.start})
+    start = settings.start_of(recipe.method.name) if settings.start is None else settings.start
+    return changed(longer, {"schedule.unit": "epochs", "schedule.start": start * epochs})
+
+
 def _schedule(recipe: Recipe, factor: float) -> dict[str, Any]:
     settings = recipe.schedule
     if settings.paper is not None and settings.kind_of(recipe.method.name) == "alternating":

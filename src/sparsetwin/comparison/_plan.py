@@ -1,18 +1,15 @@
-"""Which runs a comparison consists of, and in which order they depend on each other."""
+"""A comparison as it was asked for, and the runs that it consists of."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetwin.comparison._aim import Tried, best_trial, next_value
-from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
-from sparsetwin.comparison._longer import lengthened
+from sparsetwin.comparison._contenders import Contender, changed
 from sparsetwin.comparison._small import small_width
-from sparsetwin.comparison._spaces import trial_changes
 from sparsetwin.errors import ConfigError, SparsetwinError
 from sparsetwin.recipes import MethodSettings, Recipe, check_recipe, recipe_from_plain
 
@@ -118,7 +115,7 @@ class Task:
     recipe: Recipe
     label: str
     sparsity: float | None  # None of a dense run, which serves all sparsities
-    table: str  # "epochs", "flops", "trials" or PRETRAINED
+    table: str  # "epochs", "flops", "trials" or "pretrained"
     pretrained: Path | None = None  # folder of the dense run whose weights it begins from
 
 
@@ -130,29 +127,6 @@ class Outcome:
     training_flops: int
     forward_flops: int = 0  # of what it leaves
     sparsity: float = math.nan  # achieved; NaN of a run that failed
-
-
-def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
-    """Yield the runs that can be planned by what is known; the more have finished, the more there are.
-
-    Args:
-        plan: What is compared.
-        outcomes: Of the runs that have finished, or failed, by folder.
-    """
-    if any(contender.starts for contender in plan.contenders):
-        for seed in (*([TUNING_SEED] if plan.trials else []), *plan.seeds):
-            yield _pretraining(plan, seed)
-    for contender in plan.contenders:
-        for sparsity in (None,) if contender.is_dense else plan.sparsities:
-            forward_flops = _forward_flops(plan, sparsity, outcomes)
-            if contender.shrinks == "flops" and forward_flops is None:
-                continue
-            base = contender_recipe(plan, contender, sparsity, forward_flops=forward_flops)
-            found = yield from _tuned(plan, contender, sparsity, base, outcomes)
-            if found is None:
-                continue
-            for seed in plan.seeds:
-                yield from _runs(plan, contender, sparsity, changed(base, {**found, "seed": seed}), outcomes)
 
 
 def contender_recipe(
@@ -178,127 +152,3 @@ def contender_recipe(
         width = small_width(recipe, sparsity=sparsity, measure=contender.shrinks, goal=goal or None)
         return changed(recipe, {"model.options.width": width})
     return changed(recipe, {"schedule.sparsity": sparsity})
-
-
-def _forward_flops(plan: Plan, sparsity: float | None, outcomes: Mapping[Path, Outcome]) -> int | None:
-    """Return the inference FLOPs of the reference's network at a sparsity: of its first seed that came to an end.
-
-    Returns:
-        None if it is not known yet, 0 if there is no such network.
-    """
-    reference = next(contender for contender in plan.contenders if contender.label == plan.reference)
-    if sparsity is None or reference.method == "dense":
-        return 0
-    for seed in plan.seeds:
-        found = outcomes.get(_folder("runs", plan.reference, sparsity, seed))
-        if found is None or found.training_flops:
-            return None if found is None else found.forward_flops
-    return 0
-
-
-def _pretraining(plan: Plan, seed: int) -> Task:
-    dense = contender_recipe(plan, Contender(label=PRETRAINED, changes={"method.name": "dense"}), None)
-    return Task(
-        folder=_pretrained_folder(seed),
-        recipe=changed(dense, {"seed": seed, "train.test": False}),
-        label=PRETRAINED,
-        sparsity=None,
-        table=PRETRAINED,
-    )
-
-
-def _tuned(
-    plan: Plan, contender: Contender, sparsity: float | None, base: Recipe, outcomes: Mapping[Path, Outcome]
-) -> Generator[Task, None, dict[str, Any] | None]:
-    """Yield the trials; return the best one's changes, or None as long as some are not finished."""
-    if contender.aim is not None:
-        return (yield from _aimed(plan, contender, sparsity, base, outcomes))
-    best: tuple[float, dict[str, Any]] = (-math.inf, {})
-    waits = False
-    pretrained = _pretrained_folder(TUNING_SEED) if contender.starts else None
-    if plan.trials and pretrained is not None and not _is_there(pretrained, outcomes):
-        return None
-    for trial in range(plan.trials):
-        changes = trial_changes(contender, base, trial=trial, seed=TUNING_SEED)
-        task = _trial(contender, sparsity, trial, recipe=changed(base, changes), pretrained=pretrained)
-        yield task
-        if task.folder not in outcomes:
-            waits = True
-        elif outcomes[task.folder].holdout > best[0]:
-            best = (outcomes[task.folder].holdout, changes)
-    return None if waits else best[1]
-
-
-def _aimed(
-    plan: Plan, contender: Contender, sparsity: float | None, base: Recipe, outcomes: Mapping[Path, Outcome]
-) -> Generator[Task, None, dict[str, Any] | None]:
-    """Yield the trials that look for a sparsity, each of which needs what the ones before came to."""
-    assert contender.aim is not None
-    assert sparsity is not None
-    tried: list[Tried] = []
-    for trial in range(plan.trials):
-        value = next_value(contender.aim, tried, goal=sparsity)
-        task = _trial(contender, sparsity, trial, recipe=changed(base, {contender.aim.path: value}))
-        yield task
-        if task.folder not in outcomes:
-            return None
-        found = outcomes[task.folder]
-        tried.append(Tried(value=value, sparsity=found.sparsity, holdout=found.holdout))
-    if not tried:
-        return {contender.aim.path: contender.aim.first}
-    return {contender.aim.path: tried[best_trial(tried, goal=sparsity)].value}
-
-
-def _trial(
-    contender: Contender, sparsity: float | None, trial: int, *, recipe: Recipe, pretrained: Path | None = None
-) -> Task:
-    return Task(
-        folder=Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}",
-        recipe=changed(recipe, {"seed": TUNING_SEED, "train.test": False}),
-        label=contender.label,
-        sparsity=sparsity,
-        table="trials",
-        pretrained=pretrained,
-    )
-
-
-def _runs(
-    plan: Plan, contender: Contender, sparsity: float | None, recipe: Recipe, outcomes: Mapping[Path, Outcome]
-) -> Iterator[Task]:
-    """Yield a run, and once it and the reference have finished, its longer twin of equal FLOPs."""
-    pretrained = _pretrained_folder(recipe.seed) if contender.starts else None
-    if pretrained is not None and not _is_there(pretrained, outcomes):
-        return
-    folder = _folder("runs", contender.label, sparsity, recipe.seed)
-    yield Task(
-        folder=folder, recipe=recipe, label=contender.label, sparsity=sparsity, table="epochs", pretrained=pretrained
-    )
-    reference = outcomes.get(_folder("runs", plan.reference, plan.reference_at(sparsity), recipe.seed))
-    own = outcomes.get(folder)
-    if sparsity is None or reference is None or own is None or not own.training_flops:
-        return
-    before = outcomes[pretrained].training_flops if pretrained is not None else 0
-    epochs = round(recipe.train.epochs * (reference.training_flops - before) / own.training_flops)
-    if contender.label in plan.equal_flops and epochs > recipe.train.epochs:
-        longer = lengthened(recipe, epochs)
-        folder = _folder("equal-flops", contender.label, sparsity, recipe.seed)
-        yield Task(
-            folder=folder, recipe=longer, label=contender.label, sparsity=sparsity, table="flops", pretrained=pretrained
-        )
-
-
-def _is_there(pretrained: Path, outcomes: Mapping[Path, Outcome]) -> bool:
-    """Return whether a dense run has finished, and not failed."""
-    return pretrained in outcomes and outcomes[pretrained].training_flops > 0
-
-
-def _pretrained_folder(seed: int) -> Path:
-    return Path("runs") / PRETRAINED / f"seed-{seed}"
-
-
-def _folder(kind: str, label: str, sparsity: float | None, seed: int) -> Path:
-    return Path(kind) / label / _sparsity_name(sparsity) / f"seed-{seed}"
-
-
-def _sparsity_name(sparsity: float | None) -> str:
-    return "dense" if sparsity is None else f"{sparsity:g}"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from sparsetwin.comparison._contenders import changed
-from sparsetwin.comparison._plan import Outcome, Plan, Task, tasks
+from sparsetwin.comparison._plan import Outcome, Plan, Task
+from sparsetwin.comparison._tasks import tasks
 from sparsetwin.errors import ConfigError, SparsetwinError, TrainingError, UsageError
 from sparsetwin.recipes import Recipe, build_run, describe, recipe_from_plain
 from sparsetwin.report import read_run, write_report

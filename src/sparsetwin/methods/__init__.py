@@ -1,7 +1,9 @@
 """Sparse-training methods, one file each."""
 
 from sparsetwin.methods._base import Method, Pass
+from sparsetwin.methods._course import Course, Kind
 from sparsetwin.methods._drop_and_grow import DropAndGrowMethod, exploration
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import STORED, SparseState
 from sparsetwin.methods._stored import StoredWeightsMethod
@@ -53,11 +55,14 @@ __all__ = [
     "ST3",
     "STORED",
     "STR",
+    "Course",
     "CrAM",
     "Dense",
     "DropAndGrowMethod",
     "GraNet",
     "Int8",
+    "Kind",
+    "Knob",
     "Method",
     "OneShot",
     "Pass",

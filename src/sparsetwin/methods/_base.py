@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods.ham import HAM
 from sparsetwin.methods.int8 import Int8
@@ -33,13 +35,18 @@ class Pass:
     input_gradient: Touched | None = "kept"
     weight_gradient: Touched | None = "kept"
     density: float | None = None
-    """Fraction of every target that "kept" stands for in this pass alone; None is what the masks in force keep."""
+    """Fraction of every target that "kept" is expected to be in this pass alone, for what is said before training; None
+    is what the phase keeps. A run counts what every pass did compute with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A frozen description of a method; `Sparsifier` holds all that changes."""
 
+    course: ClassVar[Course] = Course(kind="alternating")
+    """The schedule that a recipe gives the method, if nothing else is asked for; by default AC/DC's phases."""
+    knobs: ClassVar[tuple[Knob, ...]] = ()
+    """What a comparison tunes beside learning rate and weight decay; by default nothing."""
     schedule: Schedule
     ham: HAM | None = None
     """The hyperbolic mirror step after each update, which composes with every method; None is none."""

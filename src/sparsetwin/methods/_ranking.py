@@ -12,7 +12,7 @@ from sparsetwin.grouped_selection import check_groups
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Method
 from sparsetwin.methods._state import SparseState
-from sparsetwin.patterns import Pattern, Unstructured, check_pattern
+from sparsetwin.patterns import Block, Channel, Pattern, Unstructured, check_pattern, pattern_at
 from sparsetwin.schedules import Phase
 from sparsetwin.scores import random_scores, score_named
 from sparsetwin.selection import select_masks
@@ -61,7 +61,8 @@ class RankingMethod(Method):
 
         Raises:
             SelectionError: If the budget of a phase is smaller than the layers' minimum.
-            ConfigError: If there is nothing to remember yet when weights are first ranked.
+            ConfigError: If there is nothing to remember yet when weights are first ranked, or the last sparse phase
+                keeps more than the pattern.
         """
         score, first = score_named(self.score), self.schedule.phases[0]
         if score.remember_ is not None and first.is_sparse:
@@ -73,7 +74,14 @@ class RankingMethod(Method):
             check_pattern(self.pattern, state.shapes, sparsity)
             budgets = self.distribution.budgets(state.shapes, sparsity)
             check_budgets(budgets, state.sizes, minimum_kept=self.minimum_kept)
-            check_groups(budgets, state.shapes, pattern=self.pattern, minimum_kept=self.minimum_kept)
+            pattern = pattern_at(self.pattern, sparsity)
+            check_groups(budgets, state.shapes, pattern=pattern, minimum_kept=self.minimum_kept)
+        final = self.schedule.final_sparsity
+        if final and (reached := pattern_at(self.pattern, final)) != self.pattern:
+            raise ConfigError(
+                f"the last sparse phase has a sparsity of {final!r}, at which the pattern is {reached}; let it have "
+                f"that of {self.pattern}, or give the other as the pattern"
+            )
 
     def before_update(self, state: SparseState) -> None:
         """Bring up to date what the score remembers, where the masks let a gradient through."""
@@ -106,17 +114,20 @@ class RankingMethod(Method):
         Args:
             phase: Gives the sparsity.
             state: Weights, gradients, memory and generator.
-            among: Masks of the weights that may be kept; None or empty means all.
+            among: Masks of the weights that may be kept, at a sparsity that is not lower; None or empty means all.
         """
-        scores = _among(self._scores(state), among or {})
+        among = among or {}
         masks = select_masks(
             state.weights,
-            scores,
+            _among(self._scores(state), among),
             self.distribution.budgets(state.shapes, phase.sparsity),
             minimum_kept=self.minimum_kept,
-            pattern=self.pattern,
+            pattern=pattern_at(self.pattern, phase.sparsity),
         )
         state.buffers.pop(self.score, None)
+        if among and isinstance(self.pattern, (Block, Channel)):
+            # What lives can come less near to the budget than one small dead group more would
+            masks = {name: mask & among[name] for name, mask in masks.items()}
         return masks
 
     def _scores(self, state: SparseState) -> Callable[[str], Tensor]:

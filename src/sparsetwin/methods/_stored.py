@@ -64,8 +64,14 @@ class StoredWeightsMethod(Method):
         """Return the sparsities at which weights are ranked."""
         return {phase.sparsity for phase in self.schedule.phases if phase.is_sparse}
 
-    def _largest(self, state: SparseState, sparsity: float, *, score: Callable[[str], Tensor] | None = None) -> Masks:
-        """Return masks of the weights of largest score, by default of largest magnitude."""
+    def largest(self, state: SparseState, sparsity: float, *, score: Callable[[str], Tensor] | None = None) -> Masks:
+        """Return masks of the weights of largest score, by default of largest magnitude.
+
+        Args:
+            state: Its weights are the stored ones, on entering a phase and after an update.
+            sparsity: Fraction that is pruned, spread over layers by ``distribution``.
+            score: Canonical name -> scores of the weight's shape; None is magnitude.
+        """
         return select_masks(
             state.weights,
             score or (lambda name: magnitude(state.weights[name])),

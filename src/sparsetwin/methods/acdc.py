@@ -1,13 +1,14 @@
 """AC/DC: alternating compressed/decompressed training."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from sparsetwin._compat import local
 from sparsetwin.errors import ConfigError
-from sparsetwin.masking import Masks, count_kept
+from sparsetwin.masking import Masks
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.optimizer_state import ResetScope
@@ -32,6 +33,8 @@ class ACDC(RankingMethod):
     Source: Peste, Iofinova, Vladu & Alistarh, 2021, arXiv 2106.12379, algorithm 1.
     """
 
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("method.reset", ("all", "none")),)
+
     reset: ResetScope = "all"
     """Whose optimizer state is restored on entering a dense phase after a sparse one."""
     rescale: Rescale = "none"
@@ -49,8 +52,7 @@ class ACDC(RankingMethod):
         if not phase.is_sparse:
             state.buffers.pop(self.score, None)  # a score that remembers does so within one dense phase
             return {}
-        budgets = self.distribution.budgets(state.shapes, phase.sparsity)
-        is_ramp = sum(budget.kept for budget in budgets) <= count_kept(state.masks)
+        is_ramp = bool(state.masks) and phase.sparsity >= self.schedule.phases[phase.index - 1].sparsity
         masks = self.best(phase, state, among=state.masks if is_ramp else None)
         if self.rescale != "none":
             for name, weight in state.weights.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,17 @@ from sparsetwin.distributions import check_budgets
 from sparsetwin.errors import ConfigError, ScheduleError, UsageError
 from sparsetwin.masking import Masks, apply_masks_
 from sparsetwin.methods._base import Pass
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.patterns import check_pattern
 from sparsetwin.schedules import Phase
 
 Gradients = dict[str, Tensor]
+
+_USUAL = (0.5, 0.7, 0.9)
+_HIGH = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,8 @@ class CrAM(RankingMethod):
 
     In a dense phase a step passes twice over its batch. The first pass gives the gradient g at the weights w. The
     second one is at C(w + rho * g): a step up along the gradient, of which the largest target weights are kept, at a
-    sparsity drawn anew from ``sparsities``. The optimizer updates w by the second gradient, and with ``plus`` by the
-    sum of both. A sparse phase, at the end, is a cut by magnitude with ordinary training after it.
+    sparsity drawn anew from that list. The optimizer updates w by the second gradient, and with ``plus`` by the sum of
+    both. A sparse phase, at the end, is a cut by magnitude with ordinary training after it.
 
     Raises:
         ConfigError: If a field has a value that is none of its own.
@@ -39,11 +44,17 @@ class CrAM(RankingMethod):
     Source: Peste, Vladu, Kurtic, Lampert & Alistarh, 2023, arXiv 2207.14200, and its published code.
     """
 
+    course: ClassVar[Course] = Course(kind="cut", start=1.0)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("method.options.rho", (0.05, 0.1, 0.2)),
+        Knob("method.options.sparse_gradients", (True, False)),
+    )
+
     needs_closure: ClassVar[bool] = True
     rho: float = 0.05
     """Length of the step up, as a multiple of the gradient."""
-    sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
-    """Sparsities of the second pass, drawn with equal chances."""
+    sparsities: tuple[float, ...] | None = None
+    """Sparsities of the second pass, drawn with equal chances; None is `drawn_sparsities` by the schedule."""
     plus: bool = True
     """Whether the update is by both gradients, which keeps the dense network accurate."""
     sparse_gradients: bool = True
@@ -51,9 +62,10 @@ class CrAM(RankingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _are_sparsities(self.sparsities):
-            raise ConfigError(f"sparsities needs one or more numbers in [0, 1), got {self.sparsities!r}")
-        object.__setattr__(self, "sparsities", tuple(self.sparsities))
+        if self.sparsities is not None:
+            if not _are_sparsities(self.sparsities):
+                raise ConfigError(f"sparsities needs one or more numbers in [0, 1), got {self.sparsities!r}")
+            object.__setattr__(self, "sparsities", tuple(self.sparsities))
         if not 0 <= self.rho < math.inf:
             raise ConfigError(f"rho needs to be a finite number that is not negative, got {self.rho}")
         if self.score != "magnitude":
@@ -64,6 +76,34 @@ class CrAM(RankingMethod):
                 "CrAM trains dense and is cut at the end: a dense phase, and then perhaps sparse ones of rising "
                 f"sparsity; got {phases}"
             )
+
+    @property
+    def drawn_sparsities(self) -> tuple[float, ...]:
+        """The sparsities that are drawn from: those given, or the published ones for the schedule's final sparsity.
+
+        >>> from sparsetwin import schedules
+        >>> for sparsity in (0.9, 0.95, 0.98):
+        ...     CrAM(schedule=schedules.phases([(9, 0.0), (1, sparsity)])).drawn_sparsities
+        (0.5, 0.7, 0.9)
+        (0.5, 0.7, 0.8, 0.9, 0.95)
+        (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+        Up to 90%, and for a dense schedule, they are those of ResNet-50 on ImageNet; above it those of the runs on
+        CIFAR-10 for high sparsities. A final sparsity above 95%, for which nothing was published, is added.
+
+        Source: its published code, configs/imagenet_resnet50_cram_plus_multi_spgrad.yaml and
+        configs/cifar10_resnet20_cram_plus_multi_highsp_spgrad.yaml.
+        """
+        if self.sparsities is not None:
+            return self.sparsities
+        final = max(phase.sparsity for phase in self.schedule.phases)
+        if final <= _USUAL[-1]:
+            return _USUAL
+        return _HIGH if final <= _HIGH[-1] else (*_HIGH, final)
+
+    def config(self) -> dict[str, Any]:
+        """Return the method as plain data, with the sparsities that are drawn from."""
+        return {**super().config(), "sparsities": list(self.drawn_sparsities)}
 
     @property
     def draws(self) -> bool:
@@ -77,7 +117,7 @@ class CrAM(RankingMethod):
             SelectionError: If the budget is smaller than the layers' minimum.
         """
         super().check(state)
-        for sparsity in set(self.sparsities) - {0.0}:
+        for sparsity in set(self.drawn_sparsities) - {0.0}:
             check_pattern(self.pattern, state.shapes, sparsity)
             budgets = self.distribution.budgets(state.shapes, sparsity)
             check_budgets(budgets, state.sizes, minimum_kept=self.minimum_kept)
@@ -131,10 +171,11 @@ class CrAM(RankingMethod):
         return masks
 
     def _compress_(self, state: SparseState) -> Masks:
-        drawn = int(torch.randint(len(self.sparsities), (), generator=state.generator))
-        if not self.sparsities[drawn]:
+        sparsities = self.drawn_sparsities
+        drawn = sparsities[int(torch.randint(len(sparsities), (), generator=state.generator))]
+        if not drawn:
             return {}
-        masks = self.best(Phase(0, 0, 1, self.sparsities[drawn]), state)
+        masks = self.best(Phase(0, 0, 1, drawn), state)
         apply_masks_(state.weights, masks)
         return masks
 
@@ -146,10 +187,10 @@ class CrAM(RankingMethod):
             state.parameters[name].grad = second[name].add_(first[name]) if name in second else first[name]
 
     def passes(self, phase: Phase, *, enters: bool) -> tuple[Pass, ...]:
-        """Return two passes in a dense phase; of the second one's densities, which are drawn, the mean counts."""
+        """Return two passes in a dense phase; what is expected of the second is the mean of the drawn densities."""
         if phase.is_sparse:
             return (Pass(),)
-        density = 1 - fmean(self.sparsities)
+        density = 1 - fmean(self.drawn_sparsities)
         return (Pass(), Pass(weight_gradient="kept" if self.sparse_gradients else "all", density=density))
 
 

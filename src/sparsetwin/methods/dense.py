@@ -1,10 +1,12 @@
 """Plain dense training, so that a baseline runs through the same code."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsetwin.errors import ScheduleError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Method
+from sparsetwin.methods._course import Course
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 
@@ -12,6 +14,8 @@ from sparsetwin.schedules import Phase
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
     """Prune nothing. The schedule may have no sparse phase."""
+
+    course: ClassVar[Course] = Course(kind="constant")
 
     def __post_init__(self) -> None:
         for phase in self.schedule.phases:

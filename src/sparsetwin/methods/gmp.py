@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from sparsetwin.errors import ScheduleError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase, Schedule
@@ -19,6 +22,12 @@ class GMP(RankingMethod):
 
     Source: Zhu & Gupta, 2017, arXiv 1710.01878.
     """
+
+    course: ClassVar[Course] = Course(kind="gradual", start=0.1, stop=0.75, every=0.02)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("schedule.start", (0.0, 0.1, 0.3), "run"),
+        Knob("schedule.stop", (0.5, 0.7, 0.8), "run"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -9,7 +10,9 @@ from sparsetwin._compat import total
 from sparsetwin.distributions import ERK, Distribution, Global, check_budgets
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
 from sparsetwin.methods._drop_and_grow import DropAndGrowMethod, drop_and_grow, random_masks
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 from sparsetwin.scores import magnitude
@@ -26,6 +29,12 @@ class GraNet(DropAndGrowMethod):
 
     Source: Liu et al., 2021, arXiv 2106.10404, section 4; its published code for what the paper leaves open.
     """
+
+    course: ClassVar[Course] = Course(kind="gradual", start=0.0, stop=0.5, every=0.01, goes_on=True)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("schedule.stop", (0.5, 0.7), "run"),
+        Knob("schedule.initial_sparsity", (0.0, 0.5)),
+    )
 
     distribution: Distribution = Global()
     """What a pruning ranks: all layers together, or each by itself with `Uniform`, `ERK` or `PerLayer`."""

@@ -1,6 +1,7 @@
 """HAM: a hyperbolic mirror step after each update, which moves weights in proportion to themselves."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,24 +40,40 @@ class HAM:
                 raise ConfigError(f"{name} needs to be a finite number that is not negative, got {getattr(self, name)}")
 
     @torch.no_grad()
-    def apply_(self, state: SparseState, *, optimizer: Optimizer) -> None:
+    def gradients(self, state: SparseState, *, optimizer: Optimizer) -> dict[Tensor, Tensor]:
+        """Return a copy of the gradients that an optimizer is about to be given.
+
+        Some optimizers compute within ``.grad``: torch's SGD with Nesterov's momentum adds the momentum to it, where it
+        updates many tensors at once. So what ``.grad`` holds after a step need not be the gradient.
+
+        Args:
+            state: Says which parameters are the model's.
+            optimizer: Its gradients are without the scale of a GradScaler.
+
+        Returns:
+            Parameter of two or more dimensions -> this process's part of its gradient, dense, of the weight's dtype.
+        """
+        trained = set(state.parameters.values())
+        given = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return {p: _gradient(p, p.grad) for p in given if p.ndim >= 2 and p.grad is not None and p in trained}
+
+    @torch.no_grad()
+    def apply_(self, gradients: Mapping[Tensor, Tensor], *, optimizer: Optimizer) -> None:
         """Do the mirror step on the parameters that an optimizer has updated, before weights are masked.
 
         Args:
-            state: Says which parameters are the model's; what a method learns beside them is left alone.
-            optimizer: Gives gradients and learning rates.
+            gradients: What `gradients` returned before the update; they are overwritten.
+            optimizer: Gives the learning rates.
         """
-        trained = set(state.parameters.values())
         for group in optimizer.param_groups:
             alpha = -self.alpha if group.get("maximize") else self.alpha  # the gradient of what is minimized
             for parameter in group["params"]:
-                if parameter.ndim >= 2 and parameter.grad is not None and parameter in trained:
-                    exponent = self._exponent(parameter, alpha=alpha).mul_(group["lr"])
-                    local(parameter).mul_(exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp_())
+                if parameter in gradients:
+                    weight = local(parameter)
+                    exponent = gradients[parameter].mul_(weight.sign()).mul_(-alpha).sub_(self.beta).mul_(group["lr"])
+                    weight.mul_(exponent.clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp_())
 
-    def _exponent(self, parameter: Tensor, *, alpha: float) -> Tensor:
-        """Return the exponent for each weight of this process's part, for a learning rate of 1."""
-        assert parameter.grad is not None
-        weight, gradient = local(parameter), local(parameter.grad)
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        return weight.sign().mul_(gradient.to(weight.dtype)).mul_(-alpha).sub_(self.beta)
+
+def _gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
+    part = local(gradient)
+    return part.to_dense() if part.is_sparse else part.to(local(parameter).dtype, copy=True)

@@ -1,13 +1,15 @@
 """IMP: iterative magnitude pruning, with weights or learning rates rewound."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from sparsetwin._compat import local
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods.gmp import check_rising
@@ -36,6 +38,12 @@ class IMP(RankingMethod):
     Source: Frankle & Carbin, 2019, arXiv 1803.03635; Frankle et al., 2020, arXiv 1912.05671, algorithm 2, for rewinding
     to a later step; Renda, Frankle & Carbin, 2020, arXiv 2003.02389, for learning rates.
     """
+
+    course: ClassVar[Course] = Course(kind="rounds", start=0.05)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("schedule.start", (0.01, 0.03, 0.05), "run"),
+        Knob("schedule.rounds", (2, 3, 5)),
+    )
 
     rewind: Rewind = "weights"
     """"weights": weights and learning rate go back; "learning-rate": the learning rate alone does."""

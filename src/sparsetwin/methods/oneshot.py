@@ -1,9 +1,12 @@
 """One-shot pruning and fine-tuning."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsetwin.errors import ScheduleError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
@@ -18,6 +21,9 @@ class OneShot(RankingMethod):
 
     Source: Han et al., 2015, arXiv 1506.02626, with one pruning; Hagiwara, 1994, for magnitude.
     """
+
+    course: ClassVar[Course] = Course(kind="oneshot", start=0.5)
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("schedule.start", (0.25, 0.5, 0.7), "run"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

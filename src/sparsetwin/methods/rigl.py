@@ -1,10 +1,12 @@
 """RigL: rigging the lottery."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
 from sparsetwin.methods._drop_and_grow import (
     DropAndGrowMethod,
     check_one_sparsity,
@@ -13,6 +15,7 @@ from sparsetwin.methods._drop_and_grow import (
     random_masks,
     remember_explored,
 )
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 from sparsetwin.scores import magnitude
@@ -31,6 +34,12 @@ class RigL(DropAndGrowMethod):
 
     Source: Evci et al., 2020, arXiv 1911.11134, algorithm 1; its published code for what the paper leaves open.
     """
+
+    course: ClassVar[Course] = Course(kind="periodic", stop=0.75, every=0.01)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)),
+        Knob("schedule.every", (0.005, 0.01, 0.03), "run"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,10 @@
 """SET: sparse evolutionary training."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
 from sparsetwin.methods._drop_and_grow import (
     Decay,
     DropAndGrowMethod,
@@ -13,6 +15,7 @@ from sparsetwin.methods._drop_and_grow import (
     random_masks,
     remember_explored,
 )
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 from sparsetwin.scores import random_scores
@@ -28,6 +31,12 @@ class SET(DropAndGrowMethod):
 
     Source: Mocanu et al., 2018, Nature Communications 9, 2383, algorithm 1; by magnitude, as in Evci et al., 2020.
     """
+
+    course: ClassVar[Course] = Course(kind="periodic", stop=1.0, every=0.01)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("method.options.drop_fraction", (0.1, 0.3, 0.5)),
+        Knob("schedule.every", (0.005, 0.01, 0.03), "run"),
+    )
 
     decay: Decay = "constant"
     """How the fraction goes on: constant, as in the paper, or half a cosine down to 0 where updates end."""

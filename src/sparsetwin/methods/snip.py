@@ -1,6 +1,7 @@
 """SNIP: prune once before training, by how much the loss depends on each weight."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -8,6 +9,8 @@ from sparsetwin._compat import local
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Pass
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
@@ -28,6 +31,9 @@ class SNIP(RankingMethod):
 
     Source: Lee, Ajanthan & Torr, 2019, arXiv 1810.02340, algorithm 1.
     """
+
+    course: ClassVar[Course] = Course(kind="constant")
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("method.options.samples", (0, 10)),)
 
     score: str = "sensitivity"
     """Is "sensitivity"."""

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods._stored import StoredWeightsMethod
 from sparsetwin.schedules import Phase
@@ -29,6 +31,9 @@ class STR(StoredWeightsMethod):
 
     Source: Kusupati et al., ICML 2020, arXiv 2002.03231, and its code RAIVNLab/STR.
     """
+
+    course: ClassVar[Course] = Course(kind="periodic", every=0.8)
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("method.options.initial", (-8.0, -5.0, -3.0)),)
 
     initial: float = -5.0
     """s at the start, the same for every layer."""
@@ -75,7 +80,7 @@ class STR(StoredWeightsMethod):
         if not self._cuts(phase):
             return self._above(state)
         margins = {name: weight.detach().abs() - self._threshold(name, state) for name, weight in state.weights.items()}
-        masks = self._largest(state, phase.sparsity, score=margins.__getitem__)
+        masks = self.largest(state, phase.sparsity, score=margins.__getitem__)
         for name, weight in state.weights.items():
             weight.copy_(torch.where(masks[name], self._soft(name, state), 0))
         return masks

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from sparsetwin.distributions import Budget
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Pass
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods._stored import StoredWeightsMethod, check_every_steps
 from sparsetwin.schedules import Phase
@@ -26,6 +29,9 @@ class ST3(StoredWeightsMethod):
 
     Source: Vanderschueren & De Vleeschouwer, WACV 2023, arXiv 2212.01076, and its code stthree.
     """
+
+    course: ClassVar[Course] = Course(kind="gradual", start=0.0, stop=0.75, every=0.01)
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("schedule.stop", (0.5, 0.75, 0.9), "run"),)
 
     rescale: bool = True
     """Scale each output's weights up, so that their mean magnitude stays about what it was without the mask."""
@@ -74,7 +80,7 @@ class ST3(StoredWeightsMethod):
         return (Pass(weight_gradient="all"),)
 
     def _chosen(self, phase: Phase, state: SparseState) -> Masks:
-        masks = self._largest(state, phase.sparsity, score=lambda name: self._score(name, state))
+        masks = self.largest(state, phase.sparsity, score=lambda name: self._score(name, state))
         thresholds: dict[str, Tensor] = {}
         for budget in self.distribution.budgets(state.shapes, phase.sparsity):
             scores = {name: self._score(name, state) for name in budget.names}

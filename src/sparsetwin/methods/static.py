@@ -1,10 +1,13 @@
 """Static sparse training: masks drawn once, before the first step."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsetwin.distributions import ERK, Distribution
 from sparsetwin.errors import ScheduleError
 from sparsetwin.masking import Masks
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
@@ -19,6 +22,9 @@ class Static(RankingMethod):
 
     Source: Mocanu et al., 2018, arXiv 1707.04780, and Evci et al., 2020, arXiv 1911.11134, as "Static".
     """
+
+    course: ClassVar[Course] = Course(kind="constant")
+    knobs: ClassVar[tuple[Knob, ...]] = (Knob("method.distribution", ("erk", "uniform")),)
 
     distribution: Distribution = ERK()
     """`ERK` keeps small layers denser; `Uniform` gives every layer the same sparsity."""

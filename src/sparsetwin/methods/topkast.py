@@ -11,6 +11,8 @@ from sparsetwin.distributions import Distribution, Uniform
 from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Pass
+from sparsetwin.methods._course import Course
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods._stored import StoredWeightsMethod, check_every_steps
 from sparsetwin.schedules import Phase
@@ -31,7 +33,12 @@ class TopKAST(StoredWeightsMethod):
     Source: Jayakumar et al., NeurIPS 2020, arXiv 2106.03517.
     """
 
+    course: ClassVar[Course] = Course(kind="constant")
     serves_sharded: ClassVar[bool] = True
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("method.options.backward_sparsity", (0.0, 0.5, 0.8)),
+        Knob("optimizer.weight_decay", (1.0, 0.0, 0.25), "own"),  # 0: the exploration penalty is all there is
+    )
 
     distribution: Distribution = Uniform()
     """`Uniform` takes the largest of each layer; `Global` ranks all layers together."""
@@ -102,7 +109,7 @@ class TopKAST(StoredWeightsMethod):
         return (Pass(weight_gradient="updated"),)
 
     def _chosen(self, phase: Phase, state: SparseState) -> Masks:
-        used, updated = self._largest(state, phase.sparsity), self._largest(state, self.backward_sparsity)
+        used, updated = self.largest(state, phase.sparsity), self.largest(state, self.backward_sparsity)
         # Rounding of two layers' counts may leave a weight of A out of B
         state.buffers[_UPDATED] = {name: mask | used[name] for name, mask in updated.items()}
         return used

@@ -1,7 +1,7 @@
 """WoodFisher: pruning by second-order information, with the weights that stay making up for those that go."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 
@@ -10,7 +10,9 @@ from sparsetwin.distributions import Distribution, Global, check_budgets
 from sparsetwin.errors import ConfigError, UsageError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Method
+from sparsetwin.methods._course import Course
 from sparsetwin.methods._inverse_fisher import InverseFisher, Repair
+from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods.gmp import check_rising
 from sparsetwin.schedules import Phase
@@ -32,6 +34,12 @@ class WoodFisher(Method):
     Source: Singh & Alistarh, 2020, arXiv 2004.14340, sections 3 and 4; Hassibi & Stork, 1992, for the change of the
         weights that stay.
     """
+
+    course: ClassVar[Course] = Course(kind="gradual", start=0.0, stop=0.6, every=0.1)
+    knobs: ClassVar[tuple[Knob, ...]] = (
+        Knob("method.options.samples", (64, 160)),
+        Knob("schedule.stop", (0.4, 0.6), "run"),
+    )
 
     distribution: Distribution = Global()
     """`Global` ranks all layers together; `Uniform`, `ERK` and `PerLayer` give each layer its own sparsity."""

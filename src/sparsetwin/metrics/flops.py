@@ -55,27 +55,31 @@ class ForwardFlops:
         """Canonical name -> elements of every weight that is counted."""
         return {layer.weight: layer.weight_size for layer in self.layers if layer.weight is not None}
 
-    def total(self, nonzero: Mapping[str, int] | None = None) -> int:
-        """Return the FLOPs of one sample.
+    def total(self, nonzero: Mapping[str, int] | None = None, *, samples: int = 1) -> int:
+        """Return the FLOPs of one sample, or of several.
 
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> forward = count_forward_flops(model, torch.zeros(1, 3))
         >>> forward.total(), forward.total({"0.weight": 1})
         (16, 6)
+        >>> forward.total({"0.weight": 1 + 5}, samples=2)  # of one sample with 1 non-zero weight and one with 5
+        20
 
         Args:
             nonzero: Canonical name -> non-zero elements, for at least the names in ``weight_sizes``, as
-                `nonzero_counts` returns; by default every weight is dense.
+                `nonzero_counts` returns; by default every weight is dense. Of several samples their sum.
+            samples: How many.
 
         Raises:
             StateError: If a weight is missing, or has less than 0 or more non-zeros than elements.
         """
-        counts = self.weight_sizes if nonzero is None else nonzero
-        for name, size in self.weight_sizes.items():
+        sizes = {name: size * samples for name, size in self.weight_sizes.items()}
+        counts = sizes if nonzero is None else nonzero
+        for name, size in sizes.items():
             if not 0 <= counts.get(name, -1) <= size:
                 raise StateError(f"{name} has {size} elements; its non-zeros: {counts.get(name, 'not given')}")
         weighted = sum(layer.per_nonzero * counts[layer.weight] for layer in self.layers if layer.weight is not None)
-        return weighted + sum(layer.other for layer in self.layers) + self.attention
+        return weighted + samples * (sum(layer.other for layer in self.layers) + self.attention)
 
 
 @torch.no_grad()

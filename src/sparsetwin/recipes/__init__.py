@@ -10,7 +10,7 @@ from sparsetwin.recipes._recipe import (
     recipe_from_plain,
 )
 from sparsetwin.recipes._schedule import ScheduleSettings
-from sparsetwin.recipes._shape import example_input, meta_model
+from sparsetwin.recipes._shape import example_input, meta_model, training_samples
 from sparsetwin.recipes.registry import RECIPES, find_recipe
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "model_factory",
     "options_of",
     "recipe_from_plain",
+    "training_samples",
 ]

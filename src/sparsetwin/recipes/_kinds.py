@@ -1,16 +1,10 @@
 """Schedules of methods other than AC/DC, from the few numbers that a recipe gives."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sparsetwin.errors import ScheduleError
+from sparsetwin.methods import METHODS, Course, Kind, Method
 from sparsetwin.schedules import Schedule, constant, gradual, periodic, phases, rounds
-
-Kind = Literal["alternating", "gradual", "periodic", "constant", "oneshot", "rounds", "cut"]
-"""alternating: AC/DC's; gradual: sparsity rises; periodic: one sparsity, masks updated now and then; constant: one
-sparsity and one mask; oneshot: dense, then sparse; rounds: train, prune and rewind; cut: dense, sparse at the very
-end."""
-
 
 PLACES: dict[Kind, tuple[str, ...]] = {
     "alternating": (),
@@ -24,44 +18,15 @@ PLACES: dict[Kind, tuple[str, ...]] = {
 """Fields of the settings at which each kind turns."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """A schedule's kind, with its usual places as fractions of a run."""
-
-    kind: Kind
-    start: float = 0.0
-    stop: float = 1.0
-    every: float = 0.01
-
-
-COURSES: dict[str, Course] = {
-    "acdc": Course(kind="alternating"),
-    "dense": Course(kind="constant"),
-    "static": Course(kind="constant"),
-    "snip": Course(kind="constant"),
-    "gmp": Course(kind="gradual", start=0.1, stop=0.75, every=0.02),
-    "oneshot": Course(kind="oneshot", start=0.5),
-    "imp": Course(kind="rounds", start=0.05),
-    "woodfisher": Course(kind="gradual", start=0.0, stop=0.6, every=0.1),
-    "set": Course(kind="periodic", stop=1.0, every=0.01),
-    "rigl": Course(kind="periodic", stop=0.75, every=0.01),
-    "granet": Course(kind="gradual", start=0.0, stop=0.5, every=0.01),
-    "topkast": Course(kind="constant"),
-    "str": Course(kind="periodic", every=0.8),
-    "st3": Course(kind="gradual", start=0.0, stop=0.75, every=0.01),
-    "cram": Course(kind="cut", start=0.98),
-}
-"""The usual course of each method, by its name; a method that is not here has AC/DC's."""
-
 _KINDS: dict[Kind, Course] = {
     course.kind: course
-    for course in (COURSES[name] for name in ("acdc", "gmp", "rigl", "static", "oneshot", "imp", "cram"))
+    for course in (METHODS[name].course for name in ("acdc", "gmp", "rigl", "static", "oneshot", "imp", "cram"))
 }
 
 
 def usual_course(method: str, kind: Kind | None) -> Course:
     """Return the usual course of a method, or of a kind that is not the method's own."""
-    own = COURSES.get(method, COURSES["acdc"])
+    own = METHODS.get(method, Method).course
     return own if kind in (None, own.kind) else _KINDS[kind]
 
 
@@ -75,6 +40,7 @@ class Places:
     every: int
     initial_sparsity: float
     rounds: int
+    goes_on: bool
 
     def build(self, kind: Kind, *, sparsity: float) -> Schedule:
         """Return the schedule.
@@ -95,6 +61,7 @@ class Places:
                 stop_step=min(self.stop, total - 1),
                 every_steps=self.every,
                 initial_sparsity=self.initial_sparsity,
+                final_every_steps=self.every if self.goes_on else None,
             )
         if kind in ("oneshot", "cut"):
             return phases([(self.start, 0.0), (total - self.start, sparsity)] if self.start else [(total, sparsity)])

@@ -1,17 +1,18 @@
 """Which method a recipe trains with: by name, with fields common to several and options of its own."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from sparsetwin.distributions import ERK, Distribution, Global, PerLayer, Uniform
 from sparsetwin.errors import ConfigError, nearest
-from sparsetwin.methods import HAM, METHODS, Int8, Method
+from sparsetwin.methods import HAM, METHODS, Int8, Kind, Method
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.patterns import NM, Block, Channel, Pattern, Unstructured
 from sparsetwin.recipes._named_values import NAMED_NUMBERS, NAMED_VALUES
 from sparsetwin.recipes._schedule import ScheduleSettings
-from sparsetwin.schedules import constant, in_steps
+from sparsetwin.schedules import Schedule, constant, grouped, in_steps
 
 _DISTRIBUTIONS: dict[str, Distribution] = {"global": Global(), "uniform": Uniform(), "erk": ERK()}
 
@@ -29,7 +30,8 @@ class MethodSettings:
     score: str | None = None
     """What a weight is worth: magnitude, movement, sensitivity, fisher or random."""
     pattern: str | None = None
-    """Which weights live together: unstructured, 2:4 (or any N:M), transposable-2:4, 4x4 (blocks) or channel."""
+    """Which weights live together: unstructured, 2:4 (or any N:M), transposable-2:4, 4x4 (blocks) or channel. N:M needs
+    its own sparsity in the schedule (0.5 for 2:4); gradual schedules and ramps keep 4, 3 and then 2 of every 4."""
     minimum_kept: int | None = None
     """Weights that every layer keeps."""
     reset: ResetScope | None = None
@@ -62,6 +64,7 @@ class MethodSettings:
             made = constant(sparsity=0.0, total_steps=steps_per_epoch * epochs)
         else:
             made = schedule.build(steps_per_epoch=steps_per_epoch, epochs=epochs, method=self.name)
+            made = _towards(given.get("pattern"), made, schedule, kind=schedule.kind_of(self.name))
         quantization = self._quantization(schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
         if quantization is None:
             return cls(schedule=made, **given)
@@ -100,6 +103,18 @@ class MethodSettings:
         if twice:
             raise ConfigError(f"{twice[0]} is given twice: as --method.{twice[0].replace('_', '-')} and as an option")
         return {**named, **self.options}
+
+
+def _towards(pattern: Pattern | None, made: Schedule, settings: ScheduleSettings, *, kind: Kind) -> Schedule:
+    """Return the schedule on which an N:M pattern is reached, with the sparsities that its groups can have."""
+    if not isinstance(pattern, NM) or settings.phases:
+        return made
+    if not math.isclose(pattern.sparsity, settings.sparsity, rel_tol=0.0, abs_tol=1e-9):
+        raise ConfigError(
+            f"{pattern.n}:{pattern.m} has a sparsity of {pattern.sparsity!r}, the schedule {settings.sparsity!r}; add "
+            f"--schedule.sparsity {pattern.sparsity!r}, or take a pattern of that sparsity"
+        )
+    return grouped(made, m=pattern.m) if kind in ("gradual", "alternating") else made
 
 
 def pattern_named(text: str) -> Pattern:

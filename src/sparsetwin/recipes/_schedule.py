@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Literal
 
 from sparsetwin.errors import ConfigError, ScheduleError
-from sparsetwin.recipes._kinds import PLACES, Course, Kind, Places, usual_course
+from sparsetwin.methods import Course, Kind
+from sparsetwin.recipes._kinds import PLACES, Places, usual_course
 from sparsetwin.schedules import Schedule, alternating, check_sparsity, in_steps, paper, phases, ramped
 
 _LENGTHS = ("warmup", "sparse", "dense", "final_dense", "final_sparse")
@@ -49,7 +50,8 @@ class ScheduleSettings:
     stop: float | None = None
     """Last pruning of gradual, end of the mask updates of periodic schedules."""
     every: float | None = None
-    """Time between prunings of gradual, between mask updates of periodic schedules; at least one step."""
+    """Time between prunings of gradual (for granet, of mask updates after them, too), between mask updates of periodic
+    schedules; at least one step."""
     initial_sparsity: float = 0.0
     """Sparsity with which a gradual schedule begins."""
     rounds: int = 3
@@ -86,6 +88,10 @@ class ScheduleSettings:
         """Return which kind of schedule a method gets, unless its phases are given one by one."""
         return usual_course(method, self.kind).kind
 
+    def start_of(self, method: str) -> float:
+        """Return where a method's usual schedule begins to prune, or what rounds go back to, as a fraction."""
+        return usual_course(method, self.kind).start
+
     def _check_places(self, kind: Kind) -> None:
         """Refuse places that would do nothing."""
         used = () if self.phases else PLACES[kind]
@@ -116,6 +122,7 @@ class ScheduleSettings:
             every=place("every"),
             initial_sparsity=self.initial_sparsity,
             rounds=self.rounds,
+            goes_on=course.goes_on,
         )
         return places.build(course.kind, sparsity=self.sparsity)
 

@@ -17,6 +17,7 @@ _IMAGES: dict[type[DataSource], tuple[int, int, int]] = {
     ImageNet: (3, 224, 224),
 }  # (channels, height, width)
 _CLASSES: dict[type[DataSource], int] = {Digits: 10, Cifar10: 10, Cifar100: 100, ImageNet: 1000}
+_TRAINING_SET: dict[type[DataSource], int] = {Digits: 1344, Cifar10: 50_000, Cifar100: 50_000, ImageNet: 1_281_167}
 _CHARACTERS = 65  # of Tiny Shakespeare
 
 
@@ -49,3 +50,23 @@ def example_input(dataset: DataSource) -> Tensor:
     if type(dataset) not in _IMAGES:
         raise ConfigError(f"the shape of {type(dataset).__name__} samples is known to train only")
     return torch.zeros(1, *_IMAGES[type(dataset)], device="meta")
+
+
+def training_samples(dataset: DataSource) -> int | None:
+    """Return how many samples an epoch trains on, without reading the data set; of a text each character is one.
+
+    >>> training_samples(Digits()), training_samples(Cifar10(samples=500))
+    (1210, 450)
+
+    Returns:
+        None where only reading the data set tells.
+    """
+    given: int | None = getattr(dataset, "samples", None)
+    if isinstance(dataset, CharText):
+        return None if given is None else given * dataset.context
+    there = _TRAINING_SET.get(type(dataset))
+    if there is None:
+        return None
+    there = there if given is None else min(given, there)
+    held: float = getattr(dataset, "holdout", 0.0)
+    return there - round(held * there)

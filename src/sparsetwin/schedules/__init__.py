@@ -10,6 +10,7 @@ The paper's ImageNet run is twelve numbers in four lists of its configuration fi
 """
 
 from sparsetwin.schedules._alternating import PAPER_NAMES, acdc_plus_plus, alternating, paper, ramped
+from sparsetwin.schedules._grouped import grouped
 from sparsetwin.schedules._phase import Phase, Schedule, check_sparsity, constant, phases
 from sparsetwin.schedules._pruning import gradual, periodic, rounds
 from sparsetwin.schedules._units import in_steps
@@ -23,6 +24,7 @@ __all__ = [
     "check_sparsity",
     "constant",
     "gradual",
+    "grouped",
     "in_steps",
     "paper",
     "periodic",

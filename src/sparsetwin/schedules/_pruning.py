@@ -1,6 +1,7 @@
 """Schedules of methods that prune ever more, or update their masks now and then."""
 
 import math
+from itertools import pairwise
 
 from sparsetwin.errors import ScheduleError
 from sparsetwin.schedules._phase import Schedule, check_sparsity, check_steps, merged, phases
@@ -15,14 +16,19 @@ def gradual(
     every_steps: int,
     initial_sparsity: float = 0.0,
     exponent: float = 3.0,
+    final_every_steps: int | None = None,
 ) -> Schedule:
     """Gradual pruning: sparsity rises along a polynomial, a new phase at every pruning.
 
-    The last pruning is at ``stop_step`` and reaches ``sparsity`` exactly.
+    The last pruning is at ``stop_step`` and reaches ``sparsity`` exactly. With ``final_every_steps`` further phases of
+    that sparsity follow, for methods such as GraNet, which move their masks whenever a phase begins.
 
     >>> [round(phase.sparsity, 4) for phase in gradual(sparsity=0.8, total_steps=50, start_step=10, stop_step=30,
     ...                                                every_steps=10).phases]
     [0.0, 0.7, 0.8]
+    >>> [phase.start for phase in gradual(sparsity=0.8, total_steps=60, start_step=10, stop_step=30, every_steps=10,
+    ...                                   final_every_steps=15).phases]
+    [0, 20, 30, 45]
 
     Args:
         sparsity: Final fraction in [0, 1).
@@ -32,6 +38,8 @@ def gradual(
         every_steps: Steps between prunings.
         initial_sparsity: Fraction where the ramp starts.
         exponent: 3 is the cubic ramp of the source.
+        final_every_steps: Steps between the phases of equal sparsity that follow the last pruning, up to the end; None
+            is a single one.
 
     Raises:
         ScheduleError: If the steps are out of order, or the sparsity would not rise.
@@ -49,12 +57,16 @@ def gradual(
         raise ScheduleError(f"initial_sparsity = {initial_sparsity} is more than the final sparsity = {sparsity}")
     if not 0 < exponent < math.inf:
         raise ScheduleError(f"exponent needs to be positive and finite, got {exponent}")
+    if final_every_steps is not None:
+        check_steps({"final_every_steps": final_every_steps}, least=1)
     prunings = [*range(start_step, stop_step, every_steps), stop_step]
     lengths = [(start_step, 0.0)] if start_step else []
-    for step, following in zip(prunings, [*prunings[1:], total_steps], strict=True):
+    for step, following in pairwise(prunings):
         left = (1 - (step - start_step) / (stop_step - start_step)) ** exponent
         risen = max(initial_sparsity, sparsity - (sparsity - initial_sparsity) * left)
         lengths.append((following - step, initial_sparsity if step == start_step else risen))
+    ends = [*range(stop_step, total_steps, final_every_steps or total_steps), total_steps]
+    lengths += [(following - step, sparsity) for step, following in pairwise(ends)]
     return phases(merged(lengths))
 
 

@@ -31,14 +31,14 @@ class Updates:
         self.skips = False  # whether the method has this step's optimizers leave all weights alone
         self._has_begun = False  # whether an optimizer has updated in this step
         self._withheld: dict[nn.Parameter, Tensor] = {}  # gradients that optimizers do not see
-        self._mirrored: set[Optimizer] = set()  # those whose parameters HAM has moved in this step
+        self._given: dict[Optimizer, dict[Tensor, Tensor]] = {}  # gradients for HAM, until the update is done
         self._reads_gradients = type(method).before_update is not Method.before_update
         self._moves_weights = type(method).after_update is not Method.after_update
 
     def begin(self) -> None:
         """Forget the step before."""
         self._has_begun = self.skips = False
-        self._mirrored.clear()
+        self._given.clear()
 
     def before(self, optimizer: Optimizer, names: Iterable[str]) -> None:
         """Do what comes before an optimizer's update.
@@ -59,6 +59,9 @@ class Updates:
         elif not self._reads_gradients:
             self._held.mask_gradients(names)
         self._has_begun = True
+        if self._method.ham is not None:
+            unscale_(optimizer)
+            self._given[optimizer] = self._method.ham.gradients(self._state, optimizer=optimizer)
 
     def after(self, optimizer: Optimizer, names: Iterable[str], *, counts: bool, completes: bool) -> None:
         """Do what comes after an optimizer's update.
@@ -69,10 +72,9 @@ class Updates:
             counts: Whether it has updated in a step that was begun.
             completes: Whether it is the last one of the step.
         """
-        mirrors = self._method.ham is not None and counts and not self.skips
-        if self._method.ham is not None and mirrors and optimizer not in self._mirrored:
-            self._method.ham.apply_(self._state, optimizer=optimizer)
-            self._mirrored.add(optimizer)  # a class whose step calls its base class's fires the hook twice
+        given = self._given.pop(optimizer, None)  # a class whose step calls its base class's fires the hook twice
+        if self._method.ham is not None and given is not None and counts:
+            self._method.ham.apply_(given, optimizer=optimizer)
         if self.skips:
             if completes:
                 self._give_back()
@@ -80,8 +82,6 @@ class Updates:
             self._complete(names)
         elif not self._held.settle_together:
             self._held.settle(names)
-        if completes:
-            self._mirrored.clear()
 
     @torch.no_grad()
     def close(self) -> None:

@@ -15,6 +15,7 @@ from sparsetwin.methods import Dense, Method
 from sparsetwin.metrics import ForwardFlops, count_forward_flops, training_flops
 from sparsetwin.schedules import constant
 from sparsetwin.targets import Targets
+from sparsetwin.training.billing import Billing
 from sparsetwin.training.branching import finetuning_step, has_dense_half
 from sparsetwin.training.environment import seed_everything
 from sparsetwin.training.journal import Journal, Listener
@@ -138,14 +139,14 @@ class Run:
         if not stage.run():
             return False
         if stage.name == MAIN and self._branch_step is not None:
-            self._spent += stage.ledger.training_flops
+            self._spent += stage.billing.ledger.training_flops
             state = self._branch_state()
             stage = self._begin(FINETUNE)
             stage.load_state_dict(state, branch=True)
-            self._spent -= stage.ledger.training_flops  # the common part was paid for once
+            self._spent -= stage.billing.ledger.training_flops  # the common part was paid for once
             if not stage.run():
                 return False
-        self._spent += stage.ledger.training_flops
+        self._spent += stage.billing.ledger.training_flops
         self._stage = None
         self._save({"stage": FINAL, "state": {}}, step=2 * self.parts.settings.total_steps)
         return self._finish()
@@ -180,14 +181,13 @@ class Run:
             session=session,
             train=parts.splits.train,
             holdout=parts.splits.holdout,
-            forward=forward,
+            billing=Billing(session, forward, teacher_flops=teacher_flops),
             journal=self.journal,
             pair=self.pair,
             member_names={False: dense, True: "sparse"},
             branch_step=self._branch_step if name == MAIN else None,
             on_checkpoint=self._checkpoint,
             on_branch=self._keep_branch,
-            teacher_flops=teacher_flops,
         )
         self._stage.stop_requested = self._stop_requested
         return self._stage
@@ -229,8 +229,8 @@ class Run:
                 "epochs": settings.train.epochs,
                 "targets": {name: weight.numel() for name, weight in stage.session.sparsifier.weights.items()},
                 "parameters": sum(parameter.numel() for parameter in stage.session.model.parameters()),
-                "dense_forward_flops": stage.forward.total(),
-                "dense_training_flops": self._dense_training_flops(stage.forward),
+                "dense_forward_flops": stage.billing.forward.total(),
+                "dense_training_flops": self._dense_training_flops(stage.billing.forward),
                 **_quantized_from(self.parts.method),
             }
         )

@@ -102,6 +102,7 @@ class Session:
             self.sparsifier.on_phase(lambda event, phase: average.restart() if event == "enter" else None)
         self.teacher = make_teacher(teacher, self.evaluated_model, self.sparsifier, train)
         self._forward = torch.compile(self._wrapped) if train.compile else self._wrapped
+        self.before_pass: Callable[[], None] | None = None  # called before each pass over a batch that is trained on
         self.skipped = 0  # batches whose update overflowed
         self.skipped_in_a_row = 0
 
@@ -133,6 +134,8 @@ class Session:
         found: list[tuple[Tensor, Tensor]] = []
 
         def closure() -> Tensor:
+            if self.before_pass is not None:
+                self.before_pass()
             found.append(self._pass(inputs, labels, scaler=self.scaler))
             return found[-1][0]
 

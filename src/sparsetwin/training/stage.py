@@ -14,9 +14,9 @@ from sparsetwin.batch_norm import recalibrate_batch_norm
 from sparsetwin.checkpoint import JSON, Pair
 from sparsetwin.errors import SelectionError, TrainingError
 from sparsetwin.masking import Masks, count_kept
-from sparsetwin.metrics import FlopsLedger, ForwardFlops, mask_change, nonzero_counts, sparsity_table
+from sparsetwin.metrics import mask_change, nonzero_counts, sparsity_table
 from sparsetwin.schedules import Phase
-from sparsetwin.training.costs import Density, density_of, step_flops, updated_counts
+from sparsetwin.training.billing import Billing
 from sparsetwin.training.evaluate import Score, Sums, evaluate
 from sparsetwin.training.journal import Journal, Progress
 from sparsetwin.training.session import Session
@@ -55,18 +55,14 @@ class Stage:
     session: Session
     train: Batches
     holdout: Batches
-    forward: ForwardFlops  # of the dense model, for one sample
+    billing: Billing  # of the session
     journal: Journal
     pair: Pair
     member_names: Mapping[bool, str]  # whether a phase is sparse -> member that its end is saved as
     branch_step: int | None = None  # after this step the whole state is kept for the fine-tuning of the dense half
     on_checkpoint: Callable[[], None]
     on_branch: Callable[[], None]
-    ledger: FlopsLedger = field(init=False)
     sums: Sums = field(default_factory=Sums)
-    segment_samples: int = 0  # samples since the ledger's last entry
-    left_flops: int = field(init=False)  # of a forward pass of one sample, at the latest boundary
-    teacher_flops: int = 0  # of a forward pass of the teacher for one sample
     best: dict[str, list[float]] = field(default_factory=dict)  # member -> [accuracy, loss] on the hold-out
     previous_masks: Masks = field(default_factory=dict)  # of the last sparse phase that ended
     stop_requested: bool = False
@@ -74,8 +70,6 @@ class Stage:
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss and right predictions, not yet looked at
         self._epoch_began = time.perf_counter()
-        self.ledger = FlopsLedger(self.forward.total())
-        self.left_flops = self.forward.total()
 
     @property
     def iteration(self) -> int:
@@ -122,21 +116,17 @@ class Stage:
 
     def _step(self, inputs: Tensor, labels: Tensor) -> bool:
         """Do one step and take its scores in; return False if the loss scaler skipped the update."""
-        before, phase_before, was_taught = self.session.steps, self.session.sparsifier.phase, self._is_taught
+        before = self.session.steps
+        self.billing.begin_step()
         loss, correct = self._updated(inputs, labels)
-        entered = self.session.sparsifier.phase
-        if entered is not None and entered != phase_before:
-            self._pay_for_samples(entered)
-        if self.session.steps == before:
+        is_done = self.session.steps > before
+        self.billing.end_step(len(labels), counts=is_done)
+        if not is_done:
             self._check_overflows(loss)
             return False
         self._pending.append((self.session.steps, loss, correct))
         self.sums.labels += labels.numel()
         self.sums.samples += len(labels)
-        if self._phase != phase_before and self.session.sparsifier.method.needs_gradients(self._phase):
-            self._pay_for_entering(len(labels), is_taught=was_taught)
-        else:
-            self.segment_samples += len(labels)
         if len(self._pending) >= _FLUSH_STEPS:
             self._flush()
         return True
@@ -152,43 +142,6 @@ class Stage:
             if "NaN" in str(error):  # of a gradient, or of a weight that nothing was spoilt by yet
                 raise TrainingError(f"{error} at step {self.session.steps + 1} ({self.name}); {_REMEDIES}") from error
             raise
-
-    @property
-    def _is_taught(self) -> bool:
-        teacher = self.session.teacher
-        return teacher is not None and teacher.teaches
-
-    def _pay_for_samples(self, entered: Phase) -> None:
-        """Count the gradients that were sampled to choose masks, with the weights of the phase that ended."""
-        samples = self.session.sparsifier.method.gradient_samples(entered) * self.session.settings.train.batch_size
-        each = 3 * self.left_flops + (self.teacher_flops if self._is_taught else 0)
-        self.ledger.add_flops(each * samples)
-
-    def _pay_for_entering(self, samples: int, *, is_taught: bool) -> None:
-        """Count a step between whose backward and update a phase began: its passes had the weights of the one before.
-
-        Args:
-            samples: Of the step.
-            is_taught: Whether there was a teacher in that step.
-        """
-        density = Density(all=self.forward.total(), kept=self.left_flops, updated=self.left_flops)
-        each = self._flops_each(self._phase, density, enters=True, is_taught=is_taught)
-        self.ledger.add_flops(samples * each, samples=samples)
-
-    def _pay_for_segment(self, nonzero: Mapping[str, int]) -> int:
-        """Count the steps since the last boundary; return the FLOPs of a forward pass of one sample."""
-        sparsifier = self.session.sparsifier
-        density = density_of(self.forward, nonzero, updated_counts(sparsifier), sparsifier.target_names)
-        each = self._flops_each(self._phase, density, enters=False, is_taught=self._is_taught)
-        self.ledger.add_flops(self.segment_samples * each, samples=self.segment_samples)
-        self.segment_samples, self.left_flops = 0, density.kept
-        return density.kept
-
-    def _flops_each(self, phase: Phase, density: Density, *, enters: bool, is_taught: bool) -> int:
-        """Return the FLOPs of one sample in one step; a teacher answers in every pass."""
-        method = self.session.sparsifier.method
-        taught = self.teacher_flops * len(method.passes(phase, enters=enters)) if is_taught else 0
-        return step_flops(method, phase, density, enters=enters) + taught
 
     def _flush(self) -> None:
         """Read the losses of the latest steps and refuse to go on from one that is not finite."""
@@ -253,7 +206,7 @@ class Stage:
         is_judged = epoch_ends or member is not None  # not at each of the many phases in which a mask moves
         score = self._score(model) if is_judged and len(self.holdout) else None
         nonzero = nonzero_counts(model)
-        forward_flops = self._pay_for_segment(nonzero)
+        forward_flops = self.billing.end_segment(nonzero)
         counts = self._counts(nonzero) | {"holdout": score.plain() if score else None}
         if epoch_ends:
             self._epoch_event(counts, forward_flops)
@@ -292,7 +245,7 @@ class Stage:
                 "lr": self.session.last_lr,
                 "train": self.sums.score().plain(),
                 "forward_flops": forward_flops,
-                "training_flops": self.ledger.training_flops,
+                "training_flops": self.billing.ledger.training_flops,
                 **counts,
             }
         )
@@ -380,10 +333,8 @@ class Stage:
         """Return everything that the rest of the stage depends on."""
         return {
             "session": self.session.state_dict(),
-            "ledger": self.ledger.state_dict(),
+            **self.billing.state_dict(),
             "sums": vars(self.sums).copy(),
-            "segment_samples": self.segment_samples,
-            "left_flops": self.left_flops,
             "best": dict(self.best),
             "previous_masks": self.session.whole(dict(self.previous_masks), keep=self.session.processes.is_first),
         }
@@ -391,10 +342,8 @@ class Stage:
     def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
         """Load what `state_dict` returned, on a branch that of the end of a dense phase of another method."""
         self.session.load_state_dict(state["session"], branch=branch)
-        self.ledger.load_state_dict(state["ledger"])
+        self.billing.load_state_dict(state)
         self.sums = Sums(**state["sums"])
-        self.segment_samples = state["segment_samples"]
-        self.left_flops = state["left_flops"]
         self.best = dict(state["best"])
         masks = {name: mask.to(self.session.device) for name, mask in state["previous_masks"].items()}
         self.previous_masks = cut(masks, self.session.sparsifier.weights)

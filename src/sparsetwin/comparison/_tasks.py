@@ -1,0 +1,192 @@
+"""Which runs of a comparison can be planned, as they depend on what others have come to."""
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsetwin.comparison._aim import Tried, best_trial, next_value
+from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
+from sparsetwin.comparison._longer import in_whole_rounds, lengthened
+from sparsetwin.comparison._plan import TUNING_SEED, Outcome, Plan, Task, contender_recipe
+from sparsetwin.comparison._spaces import trial_changes
+from sparsetwin.recipes import Recipe
+
+_DENSE = {"method.name": "dense"}
+
+
+def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
+    """Yield the runs that can be planned by what is known; the more have finished, the more there are.
+
+    Args:
+        plan: What is compared.
+        outcomes: Of the runs that have finished, or failed, by folder.
+    """
+    planned = _Tasks(plan=plan, outcomes=outcomes)
+    first = planned.begins_others()
+    if first is not None:
+        yield from planned.of(first, None)
+    for contender in plan.contenders:
+        if contender != first:
+            for sparsity in (None,) if contender.is_dense else plan.sparsities:
+                yield from planned.of(contender, sparsity)
+
+
+@dataclass(kw_only=True)
+class _Choice:
+    """The settings that trials have led to."""
+
+    changes: Mapping[str, Any]
+    folder: Path | None = None  # of the trial
+
+
+@dataclass(kw_only=True)
+class _Tasks:
+    """What is known while tasks are planned."""
+
+    plan: Plan
+    outcomes: Mapping[Path, Outcome]
+    starts: dict[int, Path] = field(default_factory=dict)  # seed -> folder of the dense run that others begin from
+
+    def begins_others(self) -> Contender | None:
+        """Return the dense network that others begin from: the plan's own if there is one; None if none does."""
+        if not any(contender.starts for contender in self.plan.contenders):
+            return None
+        own = (contender for contender in self.plan.contenders if contender.is_dense and contender.changes == _DENSE)
+        return next(own, Contender(label=PRETRAINED, changes=_DENSE))
+
+    def of(self, contender: Contender, sparsity: float | None) -> Iterator[Task]:
+        """Yield the trials of a contender, and its runs once these have ended."""
+        forward_flops = self._forward_flops(sparsity)
+        if contender.shrinks == "flops" and forward_flops is None:
+            return
+        base = contender_recipe(self.plan, contender, sparsity, forward_flops=forward_flops)
+        found = yield from self._tuned(contender, sparsity, base)
+        if found is None:
+            return
+        if contender == self.begins_others() and found.folder is not None:
+            self.starts[TUNING_SEED] = found.folder
+        for seed in self.plan.seeds:
+            recipe = _finished(contender, changed(base, {**found.changes, "seed": seed}))
+            yield from self._runs(contender, sparsity, recipe)
+
+    def _tuned(
+        self, contender: Contender, sparsity: float | None, base: Recipe
+    ) -> Generator[Task, None, _Choice | None]:
+        """Yield the trials; return what the best one chose, or None as long as some are not finished."""
+        if contender.aim is not None:
+            return (yield from self._aimed(contender, sparsity, base))
+        if not self.plan.trials:
+            return _Choice(changes={})
+        if contender.starts and not self._is_there(TUNING_SEED):
+            return None
+        best, best_holdout, waits = _Choice(changes={}), -math.inf, False
+        for trial in range(self.plan.trials):
+            changes = trial_changes(contender, base, trial=trial, seed=TUNING_SEED)
+            task = self._trial(contender, sparsity, trial, recipe=_finished(contender, changed(base, changes)))
+            yield task
+            if task.folder not in self.outcomes:
+                waits = True
+            elif self.outcomes[task.folder].holdout > best_holdout:
+                best_holdout = self.outcomes[task.folder].holdout
+                best = _Choice(changes=changes, folder=task.folder)
+        return None if waits else best
+
+    def _aimed(
+        self, contender: Contender, sparsity: float | None, base: Recipe
+    ) -> Generator[Task, None, _Choice | None]:
+        """Yield the trials that look for a sparsity, each of which needs what the ones before came to."""
+        assert contender.aim is not None
+        assert sparsity is not None
+        tried: list[Tried] = []
+        for trial in range(self.plan.trials):
+            value = next_value(contender.aim, tried, goal=sparsity)
+            recipe = changed(base, {**contender.aim.changes, contender.aim.path: value})
+            task = self._trial(contender, sparsity, trial, recipe=recipe)
+            yield task
+            if task.folder not in self.outcomes:
+                return None
+            found = self.outcomes[task.folder]
+            tried.append(Tried(value=value, sparsity=found.sparsity, holdout=found.holdout))
+        value = tried[best_trial(tried, goal=sparsity)].value if tried else contender.aim.first
+        return _Choice(changes={contender.aim.path: value})
+
+    def _trial(self, contender: Contender, sparsity: float | None, trial: int, *, recipe: Recipe) -> Task:
+        return Task(
+            folder=Path("trials") / contender.label / _sparsity_name(sparsity) / f"trial-{trial}",
+            recipe=changed(recipe, {"seed": TUNING_SEED, "train.test": False}),
+            label=contender.label,
+            sparsity=sparsity,
+            table="trials",
+            pretrained=self.starts[TUNING_SEED] if contender.starts else None,
+        )
+
+    def _runs(self, contender: Contender, sparsity: float | None, recipe: Recipe) -> Iterator[Task]:
+        """Yield a run, and once it and the reference have finished, its longer twin of equal FLOPs."""
+        if contender.starts and not self._is_there(recipe.seed):
+            return
+        is_start = contender.label == PRETRAINED
+        run = Task(
+            folder=_folder("runs", contender.label, sparsity, recipe.seed),
+            recipe=changed(recipe, {"train.test": False}) if is_start else recipe,
+            label=contender.label,
+            sparsity=sparsity,
+            table=PRETRAINED if is_start else "epochs",
+            pretrained=self.starts[recipe.seed] if contender.starts else None,
+        )
+        if contender == self.begins_others():
+            self.starts[recipe.seed] = run.folder
+        yield run
+        if (epochs := self._equal_epochs(run)) > recipe.train.epochs and contender.label in self.plan.equal_flops:
+            yield Task(
+                folder=_folder("equal-flops", contender.label, sparsity, recipe.seed),
+                recipe=lengthened(recipe, epochs),
+                label=contender.label,
+                sparsity=sparsity,
+                table="flops",
+                pretrained=run.pretrained,
+            )
+
+    def _equal_epochs(self, run: Task) -> int:
+        """Return for how many epochs the training FLOPs of the reference last a contender; 0 if that is not known."""
+        plan, seed = self.plan, run.recipe.seed
+        reference = self.outcomes.get(_folder("runs", plan.reference, plan.reference_at(run.sparsity), seed))
+        own = self.outcomes.get(run.folder)
+        if run.sparsity is None or reference is None or own is None or not own.training_flops:
+            return 0
+        before = self.outcomes[run.pretrained].training_flops if run.pretrained is not None else 0
+        return round(run.recipe.train.epochs * (reference.training_flops - before) / own.training_flops)
+
+    def _forward_flops(self, sparsity: float | None) -> int | None:
+        """Return the inference FLOPs of the reference's network at a sparsity: of its first seed that came to an end.
+
+        Returns:
+            None if it is not known yet, 0 if there is no such network.
+        """
+        plan = self.plan
+        reference = next(contender for contender in plan.contenders if contender.label == plan.reference)
+        if sparsity is None or reference.method == "dense":
+            return 0
+        for seed in plan.seeds:
+            found = self.outcomes.get(_folder("runs", plan.reference, sparsity, seed))
+            if found is None or found.training_flops:
+                return None if found is None else found.forward_flops
+        return 0
+
+    def _is_there(self, seed: int) -> bool:
+        """Return whether the dense run of a seed has finished, and not failed."""
+        found = self.outcomes.get(self.starts[seed]) if seed in self.starts else None
+        return found is not None and found.training_flops > 0
+
+
+def _finished(contender: Contender, recipe: Recipe) -> Recipe:
+    return in_whole_rounds(recipe) if contender.whole_rounds else recipe
+
+
+def _folder(kind: str, label: str, sparsity: float | None, seed: int) -> Path:
+    return Path(kind) / label / _sparsity_name(sparsity) / f"seed-{seed}"
+
+
+def _sparsity_name(sparsity: float | None) -> str:
+    return "dense" if sparsity is None else f"{sparsity:g}"
