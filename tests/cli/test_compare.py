@@ -254,7 +254,7 @@ def test_equal_flops_small_dense_networks_and_pretraining(cli: Commands) -> None
 
 @pytest.mark.slow
 def test_settings_are_chosen_on_the_holdout_at_a_seed_of_their_own(cli: Commands) -> None:
-    done = cli.run(*ONE, "--methods", "static", "--seeds", 1, "--trials", 3, "--out", "c")
+    done = cli.run(*ONE, "--methods", "static", "str", "--seeds", 1, "--trials", 3, "--out", "c")
     assert done.code == 0, done.err
     folder = cli.folder / "c"
     trials = [folder / "trials" / "static" / "0.9" / f"trial-{index}" for index in range(3)]
@@ -273,10 +273,15 @@ def test_settings_are_chosen_on_the_holdout_at_a_seed_of_their_own(cli: Commands
     assert "the best of 3 trials for each method and sparsity" in page
     best = held.index(max(held))
     rows = table(folder, "comparison-tuning")
+    assert [row["label"] for row in rows] == ["static"] * 3 + ["str"] * 3
+    initial = [row["settings"].removeprefix("method.options.initial ") for row in rows if row["chosen"] == "True"][1]
+    run = json.loads((folder / "runs" / "str" / "0.9" / "seed-0" / "run.json").read_text())
+    assert f"{run['config']['method']['options']['initial']:.4g}" == initial
+    rows = rows[:3]
     assert [float(row["holdout_accuracy"]) for row in rows] == held
     assert [row["chosen"] for row in rows] == [str(trial == best) for trial in range(3)]
     assert rows[best]["settings"].startswith(f"optimizer.lr {configs[best]['optimizer']['lr']:.4g}, optimizer.weight")
-    (row,) = (folder / "comparison-tuning.md").read_text().splitlines()[2:]
+    row = (folder / "comparison-tuning.md").read_text().splitlines()[2]
     spent = sum(final(run)["training_flops"] for run in trials) / final(trials[0])["dense_training_flops"]
     assert row.split(" | ")[-1].rstrip(" |") == f"{100 * spent:.1f}%"
     assert rows[best]["settings"] in page

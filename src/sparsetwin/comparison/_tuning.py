@@ -30,7 +30,7 @@ def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
         of_row = [task for task in known if (task.label, task.sparsity) == (label, sparsity)]
         trials = [task for task in of_row if task.table == "trials"]
         run = next((task.recipe for task in of_row if task.table == "epochs"), None)
-        chosen = next((i for i, trial in enumerate(trials) if run and _but_for_seed(trial.recipe, run)), None)
+        chosen = next((i for i, t in enumerate(trials) if run and _led_to(t.recipe, run, contenders[label])), None)
         if run is None or chosen is None:
             continue
         outcomes = [found for trial in trials if (found := outcome(out / trial.folder)) is not None]
@@ -48,9 +48,11 @@ def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
     return rows
 
 
-def _but_for_seed(first: Recipe, second: Recipe) -> bool:
-    """Return whether the first recipe, of a trial, which is not tested, is the second with another seed."""
-    return changed(first, {"seed": second.seed, "train.test": second.train.test}) == second
+def _led_to(trial: Recipe, run: Recipe, contender: Contender) -> bool:
+    """Return whether a run has the settings of a trial, but for its seed, its test, and what trials alone change."""
+    alone = contender.aim.changes if contender.aim is not None else {}
+    own = {path: contender.changes[path] for path in alone}
+    return changed(trial, {**own, "seed": run.seed, "train.test": run.train.test}) == run
 
 
 def _share(trials: Sequence[Task], out: Path, yardstick: Yardstick) -> float:
