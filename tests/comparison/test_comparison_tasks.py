@@ -135,6 +135,8 @@ class TestTasks:
         usual = {"equal_flops": ("static",)}
         assert plan("gmp", "acdc", "static", **{**usual, **changes}).unlike(earlier) == unlike
         assert plan("acdc", "gmp", "mine=rigl", equal_flops=()).unlike(earlier) == ["contenders", "equal_flops"]
+        earlier["contenders"] = [{**contender, "aim": None, "later": False} for contender in earlier["contenders"]]
+        assert plan("gmp", "acdc", "static", **{**usual, **changes}).unlike(earlier) == unlike
         other = plan("acdc", "static=static,optimizer.lr=1", equal_flops=("static",))
         assert other.unlike(earlier) == ["contenders"]
 

@@ -90,6 +90,7 @@ class Plan:
             earlier: As `plain` gave it. A grown plan has all its contenders, sparsities and seeds, and maybe more.
         """
         here = self.plain()
+        earlier = {**earlier, "contenders": [_said(contender) for contender in earlier.get("contenders", [])]}
         grown = {
             name for name in _GROWING
             if name in earlier and all(value in here[name] for value in earlier[name])
@@ -101,10 +102,15 @@ class Plan:
     def plain(self) -> dict[str, Any]:
         """Return the plan as JSON-able data, by which a resumed comparison is known to be the same."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        contenders = [dataclasses.asdict(contender) for contender in self.contenders]
+        contenders = [_said(dataclasses.asdict(contender)) for contender in self.contenders]
         plain = {**fields, "recipe": self.recipe.plain(), "contenders": contenders}
         found: dict[str, Any] = json.loads(json.dumps(plain, sort_keys=True))
         return found
+
+
+def _said(contender: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a contender has, without the fields that it has not, which other releases may not know."""
+    return {name: value for name, value in contender.items() if value not in (None, False, {})}
 
 
 @dataclass(frozen=True, kw_only=True)
