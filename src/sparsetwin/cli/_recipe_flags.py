@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from sparsetwin.methods import BATCHES_AFTER_CUT
 from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, ScheduleSettings, leaves_dense_half
 
 _SHORT = {
@@ -18,7 +19,6 @@ _SHORT_SCHEDULE = {
     f"--{field.name.replace('_', '-')}": f"--schedule.{field.name.replace('_', '-')}"
     for field in dataclasses.fields(ScheduleSettings)
 }
-_RECALIBRATED = 20  # batches for the statistics of a network that is cut in the last step, as `compare` has it
 _SWITCHES = ("--quiet", "--json", "--qat")
 
 
@@ -76,7 +76,7 @@ def overridden(recipe: Recipe, *, default: Recipe, flags: Sequence[str]) -> Reci
         train = dataclasses.replace(train, dense_finetune=False)
     is_cut = made.schedule.kind_of(made.method.name) == "cut" and not made.schedule.phases
     if is_cut and not train.recalibrate_batches and not _is_asked("--train.recalibrate-batches", flags):
-        train = dataclasses.replace(train, recalibrate_batches=_RECALIBRATED)
+        train = dataclasses.replace(train, recalibrate_batches=BATCHES_AFTER_CUT)
     return dataclasses.replace(made, train=train)
 
 

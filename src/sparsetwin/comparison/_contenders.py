@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsetwin.comparison._aim import Aim
 from sparsetwin.errors import ConfigError, nearest
-from sparsetwin.methods import METHODS
+from sparsetwin.methods import BATCHES_AFTER_CUT, METHODS
 from sparsetwin.recipes import Recipe
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
@@ -72,7 +72,7 @@ _SPECIAL = {
         ),
         Contender(label="gmp-pretrained", changes={"method.name": "gmp", "schedule.start": 0.0}, starts=PRETRAINED),
         Contender(label="woodfisher", changes={"method.name": "woodfisher"}, starts=PRETRAINED),
-        Contender(label="cram", changes={"method.name": "cram", "train.recalibrate_batches": 20}),
+        Contender(label="cram", changes={"method.name": "cram", "train.recalibrate_batches": BATCHES_AFTER_CUT}),
         Contender(label="imp-whole", changes={"method.name": "imp"}, whole_rounds=True),
         Contender(
             label="str",

@@ -1,6 +1,5 @@
 """Runs of a comparison as processes of their own, several at a time; what has finished is never run again."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -173,8 +172,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     recipe = changed(recipe, {"train.test": True})
     if recipe.train.teacher not in (None, OWN):
         recipe = changed(recipe, {"train.teacher": "elsewhere"})
-    plain: dict[str, Any] = json.loads(json.dumps(changed(recipe, {"pretrained": None}).plain()))
-    return plain
+    return changed(recipe, {"pretrained": None}).plain()
 
 
 def train_quietly(path: Path, log: Path) -> None:

@@ -23,12 +23,12 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
         plan: What is compared.
         outcomes: Of the runs that have finished, or failed, by folder.
     """
-    planned = _Tasks(plan=plan, outcomes=outcomes)
-    first = planned.begins_others()
-    if first is not None:
-        yield from planned.of(first, None)
+    start = _start(plan)
+    planned = _Tasks(plan=plan, outcomes=outcomes, start=start)
+    if start is not None:
+        yield from planned.of(start, None)
     for contender in plan.contenders:
-        if contender != first:
+        if contender != start:
             for sparsity in (None,) if contender.is_dense else plan.sparsities:
                 yield from planned.of(contender, sparsity)
 
@@ -47,14 +47,8 @@ class _Tasks:
 
     plan: Plan
     outcomes: Mapping[Path, Outcome]
-    starts: dict[int, Path] = field(default_factory=dict)  # seed -> folder of the dense run that others begin from
-
-    def begins_others(self) -> Contender | None:
-        """Return the dense network that others begin from: the plan's own if there is one; None if none does."""
-        if not any(contender.starts for contender in self.plan.contenders):
-            return None
-        own = (contender for contender in self.plan.contenders if contender.is_dense and contender.changes == _DENSE)
-        return next(own, Contender(label=PRETRAINED, changes=_DENSE))
+    start: Contender | None  # the dense network that others begin from, if any does
+    starts: dict[int, Path] = field(default_factory=dict)  # seed -> folder of its run
 
     def of(self, contender: Contender, sparsity: float | None) -> Iterator[Task]:
         """Yield the trials of a contender, and its runs once these have ended."""
@@ -65,7 +59,7 @@ class _Tasks:
         found = yield from self._tuned(contender, sparsity, base)
         if found is None:
             return
-        if contender == self.begins_others() and found.folder is not None:
+        if contender == self.start and found.folder is not None:
             self.starts[TUNING_SEED] = found.folder
         for seed in self.plan.seeds:
             recipe = _finished(contender, changed(base, {**found.changes, "seed": seed}))
@@ -135,7 +129,7 @@ class _Tasks:
             table=PRETRAINED if is_start else "epochs",
             pretrained=self.starts[recipe.seed] if contender.starts else None,
         )
-        if contender == self.begins_others():
+        if contender == self.start:
             self.starts[recipe.seed] = run.folder
         yield run
         if (epochs := self._equal_epochs(run)) > recipe.train.epochs and contender.label in self.plan.equal_flops:
@@ -178,6 +172,14 @@ class _Tasks:
         """Return whether the dense run of a seed has finished, and not failed."""
         found = self.outcomes.get(self.starts[seed]) if seed in self.starts else None
         return found is not None and found.training_flops > 0
+
+
+def _start(plan: Plan) -> Contender | None:
+    """Return the dense network that others begin from: the plan's own if there is one; None if none does."""
+    if not any(contender.starts for contender in plan.contenders):
+        return None
+    own = (contender for contender in plan.contenders if contender.is_dense and contender.changes == _DENSE)
+    return next(own, Contender(label=PRETRAINED, changes=_DENSE))
 
 
 def _finished(contender: Contender, recipe: Recipe) -> Recipe:

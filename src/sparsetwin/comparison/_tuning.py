@@ -1,6 +1,5 @@
 """Which settings the trials of a comparison led to, and what the trials cost."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ def _share(trials: Sequence[Task], out: Path, yardstick: Yardstick) -> float:
 
 def _settings(contender: Contender, recipe: Recipe) -> str:
     paths = [contender.aim.path] if contender.aim is not None else [knob.path for knob in knobs_of(contender)]
-    plain = json.loads(json.dumps(recipe.plain()))
+    plain = recipe.plain()
     return ", ".join(f"{path} {_text(value)}" for path in paths if (value := _at(plain, path)) is not None)
 
 

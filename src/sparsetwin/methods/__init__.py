@@ -1,7 +1,7 @@
 """Sparse-training methods, one file each."""
 
 from sparsetwin.methods._base import Method, Pass
-from sparsetwin.methods._course import Course, Kind
+from sparsetwin.methods._course import BATCHES_AFTER_CUT, Course, Kind
 from sparsetwin.methods._drop_and_grow import DropAndGrowMethod, exploration
 from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._ranking import RankingMethod
@@ -46,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "ACDC",
+    "BATCHES_AFTER_CUT",
     "GMP",
     "HAM",
     "IMP",

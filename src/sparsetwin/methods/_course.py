@@ -8,6 +8,9 @@ Kind = Literal["alternating", "gradual", "periodic", "constant", "oneshot", "rou
 sparsity and one mask; oneshot: dense, then sparse; rounds: train, prune and rewind; cut: dense, sparse at the very
 end, in the last step if nothing else is said."""
 
+BATCHES_AFTER_CUT = 20
+"""Training batches over which batch-norm statistics are computed anew where the last step cuts, if nothing is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Course:

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsetwin.errors import ConfigError
 from sparsetwin.masking import Masks
 from sparsetwin.methods._course import Course
-from sparsetwin.methods._knob import Knob
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods._stored import StoredWeightsMethod
 from sparsetwin.schedules import Phase
@@ -33,7 +32,6 @@ class STR(StoredWeightsMethod):
     """
 
     course: ClassVar[Course] = Course(kind="periodic", every=0.8)
-    knobs: ClassVar[tuple[Knob, ...]] = (Knob("method.options.initial", (-8.0, -5.0, -3.0)),)
 
     initial: float = -5.0
     """s at the start, the same for every layer."""

@@ -36,11 +36,10 @@ def score_members(
         processes: Those that share the test set out; the first reads and lists the members.
     """
 
-    def scored(network: nn.Module) -> dict[str, JSON]:
-        assert batches is not None
+    def scored(network: nn.Module, tests: Iterable[tuple[Tensor, Tensor]]) -> dict[str, JSON]:
         score = evaluate(
             network,
-            batches(),
+            tests,
             precision=settings.precision,
             channels_last=settings.channels_last,
             processes=processes,
@@ -50,10 +49,10 @@ def score_members(
     told: dict[str, dict[str, Any]] = {}
     for name, member in processes.of_first(lambda: pair.members).items():
         loaded = _loaded(pair, name, model, processes)
-        metrics: dict[str, JSON] = {} if batches is None else {"test": scored(loaded)}
+        metrics: dict[str, JSON] = {} if batches is None else {"test": scored(loaded, batches())}
         if name == "sparse" and batches is not None:
             file_bytes, decoded = _as_int8(pair, name, model, processes)
-            metrics["int8"] = {"file_bytes": file_bytes, "test": scored(decoded)}
+            metrics["int8"] = {"file_bytes": file_bytes, "test": scored(decoded, batches())}
         if processes.is_first and metrics:
             pair.annotate(name, metrics)
         told[name] = {
