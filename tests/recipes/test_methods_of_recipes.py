@@ -195,6 +195,15 @@ class TestGroups:
         ]  # fmt: skip
         assert self.build("acdc", "2:4", 0.5, **lengths) == [(0, 0.0), (200, 0.5), (400, 0.0), (600, 0.5)]
 
+    def test_imp_takes_weights_of_every_group_in_each_round(self):
+        assert [at for _, at in self.build("imp", "2:4", 0.5, rounds=2)] == [0.0, 0.0, 0.25, 0.5]
+        assert [at for _, at in self.build("imp", "1:4", 0.75, rounds=3)] == [0.0, 0.0, 0.25, 0.5, 0.75]
+
+    @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:2", 0.5)])
+    def test_imp_with_more_rounds_than_groups_can_have_is_refused_with_the_flag(self, pattern, sparsity):
+        with pytest.raises(ConfigError, match=f"each of 3 rounds on the way to {pattern}; .* --schedule.rounds"):
+            self.build("imp", pattern, sparsity, rounds=3)
+
     def test_explicit_phases_and_other_patterns_are_left_as_they_are(self):
         assert self.build("gmp", "2:4", 0.9, phases=((5.0, 0.0), (5.0, 0.25))) == [(0, 0.0), (500, 0.25)]
         assert len(self.build("gmp", "4x4", 0.9)) == len(built("gmp").schedule.phases)

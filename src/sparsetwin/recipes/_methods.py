@@ -114,7 +114,15 @@ def _towards(pattern: Pattern | None, made: Schedule, settings: ScheduleSettings
             f"{pattern.n}:{pattern.m} has a sparsity of {pattern.sparsity!r}, the schedule {settings.sparsity!r}; add "
             f"--schedule.sparsity {pattern.sparsity!r}, or take a pattern of that sparsity"
         )
-    return grouped(made, m=pattern.m) if kind in ("gradual", "alternating") else made
+    if kind not in ("gradual", "alternating", "rounds"):
+        return made
+    rounded = grouped(made, m=pattern.m)
+    if kind == "rounds" and len(rounded.phases) < len(made.phases):
+        raise ConfigError(
+            f"groups of {pattern.m} weights cannot lose some in each of {settings.rounds} rounds on the way to "
+            f"{pattern.n}:{pattern.m}; take fewer with --schedule.rounds"
+        )
+    return rounded
 
 
 def pattern_named(text: str) -> Pattern:
