@@ -111,6 +111,16 @@ class TestTasks:
         assert [task.recipe.train.epochs for task in longer] == [3 * DIGITS.train.epochs]
         assert longer[0].pretrained == Path("runs/pretrained/dense/seed-0")
 
+    def test_what_the_reference_begins_from_is_part_of_equal_flops(self):
+        labels = ("gmp-pretrained", "oneshot-pretrained", "static")
+        asked = plan(*labels, sparsities=(0.9,), seeds=(0,), equal_flops=labels[1:], reference="gmp-pretrained")
+        flops = {"pretrained/dense": 300, "gmp-pretrained/0.9": 200, "oneshot-pretrained/0.9": 100, "static/0.9": 50}
+        outcomes = {
+            Path("runs") / name / "seed-0": Outcome(holdout=0.9, training_flops=spent) for name, spent in flops.items()
+        }
+        longer = {task.label: task.recipe.train.epochs for task in tasks(asked, outcomes) if task.table == "flops"}
+        assert longer == {"oneshot-pretrained": 2 * DIGITS.train.epochs, "static": 10 * DIGITS.train.epochs}
+
     @pytest.mark.parametrize("label", ["acdc", "dense", "rigl"])
     def test_equal_flops_of_what_is_not_beside_the_reference_are_refused(self, label):
         with pytest.raises(ConfigError, match=rf"sparsity beside acdc, not for {label}; these are: static$"):

@@ -149,8 +149,11 @@ class _Tasks:
         own = self.outcomes.get(run.folder)
         if run.sparsity is None or reference is None or own is None or not own.training_flops:
             return 0
-        before = self.outcomes[run.pretrained].training_flops if run.pretrained is not None else 0
-        return round(run.recipe.train.epochs * (reference.training_flops - before) / own.training_flops)
+        before = 0 if run.pretrained is None else self.outcomes[run.pretrained].training_flops
+        budget = reference.training_flops - before
+        if self._reference.starts:
+            budget += self.outcomes[self.starts[seed]].training_flops
+        return round(run.recipe.train.epochs * budget / own.training_flops)
 
     def _forward_flops(self, sparsity: float | None) -> int | None:
         """Return the inference FLOPs of the reference's network at a sparsity: of its first seed that came to an end.
@@ -159,14 +162,17 @@ class _Tasks:
             None if it is not known yet, 0 if there is no such network.
         """
         plan = self.plan
-        reference = next(contender for contender in plan.contenders if contender.label == plan.reference)
-        if sparsity is None or reference.method == "dense":
+        if sparsity is None or self._reference.method == "dense":
             return 0
         for seed in plan.seeds:
             found = self.outcomes.get(_folder("runs", plan.reference, sparsity, seed))
             if found is None or found.training_flops:
                 return None if found is None else found.forward_flops
         return 0
+
+    @property
+    def _reference(self) -> Contender:
+        return next(contender for contender in self.plan.contenders if contender.label == self.plan.reference)
 
     def _is_there(self, seed: int) -> bool:
         """Return whether the dense run of a seed has finished, and not failed."""
