@@ -61,6 +61,8 @@ class TestTables:
             assert float(row["achieved_sparsity"]) == member["sparsity"]
             assert float(row["training_share"]) == run["training_flops"] / run["dense_training_flops"]
             assert float(row["inference_share"]) == member["forward_flops"] / run["dense_forward_flops"]
+            twin = run["members"].get("dense")  # static trains none
+            assert row["twin_accuracy"] == ("" if twin is None else repr(twin["test"]["accuracy"]))
             assert (row["seeds"], row["failed"], row["deviation"], row["half_width"]) == ("1", "0", "", "")
         assert (acdc["difference"], acdc["pairs"], acdc["verdict"]) == ("", "0", "–")
         difference = float(static["accuracy"]) - float(acdc["accuracy"])

@@ -21,6 +21,7 @@ class Result:
 
     seed: int
     accuracy: float  # test accuracy after the last epoch
+    twin: float  # of the dense half; NaN if the run left none beside the sparse one
     sparsity: float  # achieved
     training_share: float
     inference_share: float
@@ -100,7 +101,9 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
         return None
     run = read_run(folder)
     assert run.final is not None
-    member = run.final.members.get("sparse") or run.final.members["dense"]
+    dense = run.final.members.get("dense")
+    member = run.final.members.get("sparse", dense)
+    assert member is not None
     assert member.test is not None
     spent, seconds = run.final.training_flops, sum(epoch.seconds for epoch in run.times)
     if task.pretrained is not None:
@@ -111,6 +114,7 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
     return Result(
         seed=run.seed,
         accuracy=member.test.accuracy,
+        twin=math.nan if dense is None or dense.test is None or dense is member else dense.test.accuracy,
         sparsity=member.sparsity,
         training_share=spent / yardstick.training_flops(run),
         inference_share=member.forward_flops / (yardstick.forward or run.final.dense_forward_flops),
@@ -127,6 +131,8 @@ def _row(
         return summary([getattr(result, name) for result in found]).mean if found else math.nan
 
     accuracy = summary([result.accuracy for result in found]) if found else None
+    twins = [result.twin for result in found if not math.isnan(result.twin)]
+    twin = summary(twins) if twins else None
     dense = next((contender.label for contender in plan.contenders if contender.is_dense), None)
     beside = results.get((plan.reference, plan.reference_at(sparsity)), []) if label != plan.reference else []
     dense_runs = results.get((dense, None), []) if dense not in (None, label, plan.reference) else []
@@ -138,6 +144,8 @@ def _row(
         accuracy=accuracy.mean if accuracy else math.nan,
         deviation=accuracy.deviation if accuracy else math.nan,
         half_width=accuracy.half_width if accuracy else math.nan,
+        twin_accuracy=twin.mean if twin else math.nan,
+        twin_deviation=twin.deviation if twin else math.nan,
         to_reference=_gap(found, beside),
         to_dense=_gap(found, dense_runs),
         training_share=mean("training_share"),

@@ -52,6 +52,8 @@ class MethodRow:
     accuracy: float  # mean
     deviation: float  # of the sample; NaN of one seed
     half_width: float  # of the 95% interval of the mean; NaN of one seed
+    twin_accuracy: float  # of the dense halves, mean; NaN where there are none
+    twin_deviation: float  # of the sample; NaN of one seed
     to_reference: Gap | None  # None of the reference itself, and where no seed is paired
     to_dense: Gap | None  # to the dense baseline, if there is one besides the reference
     training_share: float  # training FLOPs over those of the dense training, all passes and pre-training counted
@@ -62,8 +64,8 @@ class MethodRow:
 
 
 METHOD_HEADINGS = (
-    "method", "sparsity", "achieved", "seeds", "test accuracy", "std", "95% interval", "to reference", "verdict",
-    "to dense", "verdict on dense", "training FLOPs", "inference FLOPs", "time",
+    "method", "sparsity", "achieved", "seeds", "test accuracy", "std", "95% interval", "dense twin", "to reference",
+    "verdict", "to dense", "verdict on dense", "training FLOPs", "inference FLOPs", "time",
 )  # fmt: skip
 """Headings of `method_cells`."""
 
@@ -105,6 +107,8 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
             return "–"
         return points(gap.difference, "+") + ("" if math.isnan(gap.half_width) else f" ± {points(gap.half_width)}")
 
+    twin = shown(row.twin_accuracy, percent)
+    spread = "" if math.isnan(row.twin_deviation) else f" ({points(row.twin_deviation)})"
     interval = "–" if math.isnan(row.half_width) else f"± {points(row.half_width)}"
     seeds = f"{row.seeds} ({row.failed} failed)" if row.failed else str(row.seeds)
     return (
@@ -115,6 +119,7 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
         shown(row.accuracy, percent),
         points(row.deviation),
         interval,
+        twin + spread,
         difference(row.to_reference),
         verdict_of(row, row.to_reference),
         difference(row.to_dense),
