@@ -147,6 +147,40 @@ class TestGoingOn:
         assert smaller.code == 1
         assert "its contenders differ" in smaller.error
 
+    def test_records_alone_are_enough_for_the_tables_and_to_grow(self, cli: Commands, compared: Path) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        acdc, static = (cli.folder / "c" / "runs" / label / "0.9" / "seed-0" for label in ("acdc", "static"))
+        for folder in (acdc / "checkpoints", acdc / "pair"):
+            assert any(folder.iterdir())
+        (cli.folder / "c" / "comparison.csv").unlink()
+        grown = (*ONE, "--methods", "acdc", "static", "dense", "--seeds", 1, "--out", "c", "--quiet")
+        done = cli.run(*grown, "--keep", "records")
+        assert done.code == 0, done.err
+        record = ["metrics.jsonl", "report.html", "run.json", "timing.jsonl"]
+        for run in (acdc, static):
+            assert sorted(path.name for path in run.iterdir()) == record
+            assert (run / "metrics.jsonl").read_bytes() == (
+                compared / run.relative_to(cli.folder / "c") / "metrics.jsonl"
+            ).read_bytes()
+        assert {row["label"]: row["accuracy"] for row in table(cli.folder / "c")}.items() >= {
+            row["label"]: row["accuracy"] for row in table(compared)
+        }.items()
+        dense = cli.folder / "c" / "runs" / "dense" / "dense" / "seed-0"
+        assert sorted(path.name for path in dense.iterdir()) == ["metrics.jsonl", "pair", *record[1:]]
+        before = stamps(cli.folder / "c")
+        assert cli.run(*grown).code == 0
+        assert stamps(cli.folder / "c") == before
+
+    def test_pairs_can_be_kept_without_checkpoints(self, cli: Commands, compared: Path) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        flags = ("--methods", "acdc", "static", "--seeds", 1, "--out", "c", "--keep", "pairs", "--quiet")
+        done = cli.run(*ONE, *flags)
+        assert done.code == 0, done.err
+        for label in ("acdc", "static"):
+            run = cli.folder / "c" / "runs" / label / "0.9" / "seed-0"
+            assert (run / "pair" / "pair.json").exists()
+            assert not (run / "checkpoints").exists()
+
     def test_a_run_of_other_settings_is_not_taken_for_one_of_the_comparison(
         self, cli: Commands, compared: Path
     ) -> None:

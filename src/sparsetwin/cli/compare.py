@@ -13,7 +13,7 @@ import tyro
 
 from sparsetwin.cli._call import DataPath, Switch, parse, print_json, print_table
 from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
-from sparsetwin.comparison import TABLES, Plan, Progress, compare, find_contender
+from sparsetwin.comparison import TABLES, Keep, Plan, Progress, Runner, compare, find_contender
 from sparsetwin.recipes import Recipe, find_recipe, recipe_from_plain, training_samples
 from sparsetwin.report import METHOD_HEADINGS, method_cells, method_record
 from sparsetwin.training import choose_device
@@ -53,6 +53,9 @@ class Compare:
     jobs: int = 0
     """Runs at a time; 0 is as many as fit on the CPU's cores with the recipe's --threads each, and one where a run may
     take all of them or trains on a GPU."""
+    keep: Keep = "all"
+    """What stays of a run that has ended: all; pairs, which is all but checkpoints; or records, which are numbers and
+    settings alone, enough for tables and for growing. Dense runs keep their pairs, as others may begin from them."""
     data: DataPath = None
     """Folder of the data set, if the recipe needs one."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -87,17 +90,16 @@ def main(arguments: Sequence[str]) -> int:
     )
     out = args.out or Path("runs") / f"compare-{name.replace(':', '-')}"
     is_smoke = _is_smoke_test(recipe)
+    runner = Runner(
+        out=out,
+        recipe_name=name,
+        data=args.data,
+        jobs=args.jobs or _jobs(recipe),
+        keep=args.keep,
+        on_progress=_silent if args.quiet else _tell,
+    )
     with _stopping_at_once():
-        tables = compare(
-            plan,
-            out,
-            recipe_name=name,
-            command=command_line(),
-            data=args.data,
-            jobs=args.jobs or _jobs(recipe),
-            smoke=_NOTE if is_smoke else None,
-            on_progress=_silent if args.quiet else _tell,
-        )
+        tables = compare(plan, runner, command=command_line(), smoke=_NOTE if is_smoke else None)
     for table, rows in tables.items():
         if rows:
             print_table(METHOD_HEADINGS, [method_cells(row) for row in rows], title=TABLES[table])

@@ -3,7 +3,7 @@
 from sparsetwin.comparison._compare import TABLES, compare, write_tables
 from sparsetwin.comparison._contenders import Contender, changed, find_contender, known_labels
 from sparsetwin.comparison._plan import Plan, Task
-from sparsetwin.comparison._runner import Progress, Runner
+from sparsetwin.comparison._runner import Keep, Progress, Runner
 from sparsetwin.comparison._statistics import Difference, Summary, holm, paired_difference, summary
 from sparsetwin.comparison._tasks import tasks
 
@@ -11,6 +11,7 @@ __all__ = [
     "TABLES",
     "Contender",
     "Difference",
+    "Keep",
     "Plan",
     "Progress",
     "Runner",

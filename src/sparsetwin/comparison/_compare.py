@@ -1,14 +1,13 @@
 """A whole comparison in a folder: begun, gone on with, and written down."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsetwin.comparison._contenders import Contender
 from sparsetwin.comparison._plan import TUNING_SEED, Plan, Task
 from sparsetwin.comparison._results import corrected, rows_of
-from sparsetwin.comparison._runner import Progress, Runner
+from sparsetwin.comparison._runner import Runner
 from sparsetwin.comparison._spaces import knobs_of
 from sparsetwin.comparison._tuning import tuning_of
 from sparsetwin.errors import UsageError
@@ -28,31 +27,18 @@ TABLES = {"epochs": "Equal epochs", "flops": "Equal training FLOPs"}
 _PLAN = "comparison.json"
 
 
-def compare(
-    plan: Plan,
-    out: Path,
-    *,
-    recipe_name: str,
-    command: str,
-    data: Path | None = None,
-    jobs: int = 1,
-    smoke: str | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> dict[str, list[MethodRow]]:
+def compare(plan: Plan, runner: Runner, *, command: str, smoke: str | None = None) -> dict[str, list[MethodRow]]:
     """Run what of a comparison is not finished, and write its tables.
 
     A comparison that was stopped goes on where it was, run by run and step by step; one that is finished writes its
-    tables anew, and one that has grown by contenders, sparsities or seeds trains those.
+    tables anew, and one that has grown by contenders, sparsities or seeds trains those. In the runner's folder are runs
+    in ``runs/``, ``trials/`` and ``equal-flops/``, and tables as CSV, Markdown and HTML.
 
     Args:
         plan: What is compared.
-        out: Folder: runs in ``runs/``, ``trials/`` and ``equal-flops/``, tables as CSV, Markdown and HTML.
-        recipe_name: Of the recipe.
+        runner: How and where.
         command: For the page.
-        data: Folder of the data set, if the recipe needs one.
-        jobs: Runs at a time.
         smoke: Why this is a smoke test, which calls no difference any; None of a comparison that may.
-        on_progress: Told whenever a run begins or ends.
 
     Returns:
         Rows by table name.
@@ -63,8 +49,8 @@ def compare(
         TrainingError: If a run ends for another reason than that training came to nothing.
     """
     plan.check()
-    described = _describe(plan, recipe_name=recipe_name, command=command)
-    runner = Runner(out=out, recipe_name=recipe_name, data=data, jobs=jobs, on_progress=on_progress)
+    out = runner.out
+    described = _describe(plan, recipe_name=runner.recipe_name, command=command)
     _begin(out / _PLAN, described, plan)
     known = runner.run(plan)
     about = _about(json.loads((out / _PLAN).read_text()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,9 @@ from sparsetwin.training import OWN, RunFolder, choose_device
 
 FAILED = "failed.txt"
 """File in the folder of a run whose training came to nothing: why."""
+
+Keep = Literal["all", "pairs", "records"]
+"""What stays of a run that has ended: everything, all but its checkpoints, or its record alone."""
 
 _STOPPED, _ERROR = 130, 1
 _FORKS = "forkserver" in multiprocessing.get_all_start_methods()
@@ -52,6 +55,8 @@ class Runner:
         recipe_name: For ``run.json``.
         data: Folder of the data set, if the recipe needs one.
         jobs: Runs at a time, at least 1.
+        keep: What stays of a run that has ended: "all"; "pairs", all but checkpoints; "records", neither checkpoints
+            nor pairs, but for those of dense runs, from which others may begin.
         on_progress: Told whenever a run begins or ends.
 
     Raises:
@@ -62,6 +67,7 @@ class Runner:
     recipe_name: str
     data: Path | None
     jobs: int
+    keep: Keep = "all"
     on_progress: Callable[[Progress], None] = lambda progress: None
     _running: dict[Path, tuple[BaseProcess, Path]] = field(default_factory=dict)
     _logs: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
@@ -83,6 +89,9 @@ class Runner:
         try:
             while True:
                 known = self._known(plan, outcomes)
+                for task in known:
+                    if task.folder in outcomes and task.folder not in self._running:
+                        self._trim(task)
                 due = [task for task in known if task.folder not in outcomes and task.folder not in self._running]
                 if not due and not self._running:
                     return known
@@ -116,6 +125,11 @@ class Runner:
                 f"({', '.join(unlike)}); another version of sparsetwin may have begun it. Go on with that version, or "
                 "choose another folder (--out)"
             )
+
+    def _trim(self, task: Task) -> None:
+        if self.keep != "all":
+            is_start = task.recipe.method.name == "dense"
+            RunFolder(self.out / task.folder).keep_only(pair=self.keep == "pairs" or is_start)
 
     def _start(self, task: Task) -> None:
         folder = RunFolder(self.out / task.folder)

@@ -102,6 +102,15 @@ class RunFolder:
         """Whether the final test is written; nothing is left to do then but to verify."""
         return self.last_event().get("event") == FINAL_EVENT
 
+    def keep_only(self, *, pair: bool) -> None:
+        """Delete what a finished run needs no more: its checkpoints, and unless it is kept its pair.
+
+        What stays is the run's record (``run.json``, ``metrics.jsonl``, ``timing.jsonl``) and its report.
+        """
+        for folder in (self.checkpoints, *(() if pair else (self.pair,))):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
     @property
     def is_untrained(self) -> bool:
         """Whether the folder holds nothing that training has brought about: no epoch, no phase, no checkpoint."""
