@@ -171,6 +171,19 @@ class TestGoingOn:
         assert cli.run(*grown).code == 0
         assert stamps(cli.folder / "c") == before
 
+    def test_the_page_says_which_runs_were_made_elsewhere(self, cli: Commands, compared: Path) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        description = cli.folder / "c" / "runs" / "static" / "0.9" / "seed-0" / "run.json"
+        described = json.loads(description.read_text())
+        description.write_text(json.dumps({**described, "machine": {**described["machine"], "cpus": 99}}))
+        same = (*ONE, "--methods", "acdc", "static", "--seeds", 1, "--out", "c", "--quiet")
+        assert cli.run(*same).code == 0
+        page = (cli.folder / "c" / "comparison.html").read_text()
+        assert page.count("1 of 2: python") == 2
+        assert page.count("cpus 99") == 1
+        assert f"instructions {described['machine']['instructions']}" in page
+        assert "2 of 2: python" in (compared / "comparison.html").read_text()
+
     def test_pairs_can_be_kept_without_checkpoints(self, cli: Commands, compared: Path) -> None:
         shutil.copytree(compared, cli.folder / "c")
         flags = ("--methods", "acdc", "static", "--seeds", 1, "--out", "c", "--keep", "pairs", "--quiet")

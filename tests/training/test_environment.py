@@ -67,7 +67,7 @@ def test_auto_is_a_device_of_this_machine() -> None:
 
 def test_a_run_is_described_without_names_of_machines_or_users() -> None:
     assert versions().keys() == {"python", "sparsetwin", "torch"}
-    assert machine(CPU).keys() <= {"cpus", "platform", "cpu"}
+    assert machine(CPU).keys() <= {"cpus", "instructions", "platform", "cpu"}
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
 

@@ -1,6 +1,8 @@
 """A whole comparison in a folder: begun, gone on with, and written down."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sparsetwin.report import (
     tuning_markdown,
     write_method_page,
 )
+from sparsetwin.training import RunFolder
 from sparsetwin.training.environment import git_commit, machine, versions
 
 TABLES = {"epochs": "Equal epochs", "flops": "Equal training FLOPs"}
@@ -53,7 +56,7 @@ def compare(plan: Plan, runner: Runner, *, command: str, smoke: str | None = Non
     described = _describe(plan, recipe_name=runner.recipe_name, command=command)
     _begin(out / _PLAN, described, plan)
     known = runner.run(plan)
-    about = _about(json.loads((out / _PLAN).read_text()))
+    about = {**_about(json.loads((out / _PLAN).read_text())), **_made_by(known, out)}
     return write_tables(plan, known, out, about=about, smoke=smoke)
 
 
@@ -176,10 +179,17 @@ def _are(name: str) -> str:
 
 
 def _about(described: dict[str, Any]) -> dict[str, str]:
-    def flat(values: object) -> str:
-        return ", ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else str(values)
+    """Return what was compared, and by which commands the comparison grew to it."""
+    about = {name: described[name] for name in ("recipe", "command")}
+    return about | {f"part {n}": before["command"] for n, before in enumerate(described.get("before", []), 1)}
 
-    about = {name: flat(described[name]) for name in ("recipe", "machine", "versions", "git_commit", "command")}
-    for number, before in enumerate(described.get("before", []), 1):
-        about[f"part {number}"] = f"{before['command']} (git_commit {before['git_commit']}, {flat(before['machine'])})"
-    return about
+
+def _made_by(known: Sequence[Task], out: Path) -> dict[str, str]:
+    """Return by what and on what the runs were made; a comparison may have gone on elsewhere."""
+    runs = [RunFolder(out / task.folder).read() for task in known]
+    made = Counter(_flat({**run["versions"], "commit": run["git_commit"], **run["machine"]}) for run in runs)
+    return {f"runs {n}": f"{made[how]} of {len(runs)}: {how}" for n, how in enumerate(made, 1)}
+
+
+def _flat(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -78,8 +78,12 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the results' speed depends on, without names or addresses."""
-    described: dict[str, Any] = {"cpus": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}"}
+    """Return what speed and last bits of results depend on, without names or addresses."""
+    described: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
