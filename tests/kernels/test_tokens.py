@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(ConfigError, match="2 blocks"):
         TokenProduct(CSRBlocks.from_dense(weight, block_columns=3), tokens=1)
     with pytest.raises(ConfigError, match="beyond 16 bits"):
-        TokenProduct(torch.ones(1, 65537), tokens=1)
+        TokenProduct(torch.ones(1, 65537), tokens=1, layout="columns")
     with pytest.raises(ConfigError, match="expected contiguous"):
         TokenProduct(weight, tokens=2)(dense(6, 2).t())
     with pytest.raises(ConfigError, match="bias has shape"):
