@@ -17,7 +17,7 @@ from runtime_cases import FP16, FP32, emulated_half, graph_of, images, program, 
 from sparsetwin.checkpoint import save_sparse
 from sparsetwin.errors import CheckpointError, SparsityWarning
 from sparsetwin.kernels import host_target
-from sparsetwin.kernels._dot import emulated_dot
+from sparsetwin.kernels._dot import emulated_dot, host_dot
 from sparsetwin.models import build
 from sparsetwin.runtime import Deployed, deploy
 from sparsetwin.runtime._calls import Call, Caller
@@ -245,7 +245,8 @@ def test_dense_bfloat16_layers_run_on_float16_planes_too(calibrated, tmp_path):
         again = loaded(tmp_path / "mixed.safetensors", threads=None, half=emulated_half())
         assert torch.equal(again(x), y)
     here = loaded(tmp_path / "mixed.safetensors", threads=None, half=None)
-    assert relative_error(here(x), reference(model, x)) <= FP32
+    bound = FP32 if host_dot() is None else 2e-2  # dense bfloat16 was allowed and may be faster here
+    assert relative_error(here(x), reference(model, x)) <= bound
 
 
 def test_dense_layers_are_measured_on_float16_planes_where_they_were_on_float32_ones():
