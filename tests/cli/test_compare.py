@@ -75,7 +75,8 @@ class TestTables:
         assert "ranks nothing" in markdown[3]
         page = (compared / "comparison.html").read_text()
         for said in ("Settings were not tuned", "Holm", "seeds: 1", "smoke test", "Differences are to acdc",
-                     "the last of 1 epochs", "sparsetwin compare digits", "ranks nothing"):  # fmt: skip
+                     "the last epoch", "a dense training of 1 epochs", "sparsetwin compare digits",
+                     "ranks nothing"):  # fmt: skip
             assert said in page, said
         assert "http://" not in page.replace("http://www.w3.org", "")
         assert page.count("<svg") == 2
@@ -142,6 +143,8 @@ class TestGoingOn:
         assert "--seeds 2" in described["command"]
         page = (cli.folder / "c" / "comparison.html").read_text()
         assert "part 1" in page
+        assert "This comparison has grown" in page
+        assert "This comparison has grown" not in (compared / "comparison.html").read_text()
         assert "Equal training FLOPs: of static, those" in page
         smaller = cli.run(*ONE, "--methods", "acdc", "static", "--seeds", 1, "--out", "c")
         assert smaller.code == 1
@@ -183,6 +186,17 @@ class TestGoingOn:
         assert page.count("cpus 99") == 1
         assert f"instructions {described['machine']['instructions']}" in page
         assert "2 of 2: python" in (compared / "comparison.html").read_text()
+
+    def test_a_begun_run_goes_on_with_the_data_where_they_are_now(self, cli: Commands, compared: Path) -> None:
+        shutil.copytree(compared, cli.folder / "c")
+        run = RunFolder(cli.folder / "c" / "runs" / "static" / "0.9" / "seed-0")
+        numbers = run.metrics.read_bytes()
+        shutil.rmtree(run.checkpoints)
+        run.metrics.unlink()
+        run.description.write_text(json.dumps({**run.read(), "data": "/moved/away"}))
+        done = cli.run(*ONE, "--methods", "acdc", "static", "--seeds", 1, "--out", "c", "--quiet")
+        assert done.code == 0, done.err
+        assert run.metrics.read_bytes() == numbers
 
     def test_pairs_can_be_kept_without_checkpoints(self, cli: Commands, compared: Path) -> None:
         shutil.copytree(compared, cli.folder / "c")
@@ -289,7 +303,7 @@ def test_equal_flops_small_dense_networks_and_pretraining(cli: Commands) -> None
     longer = {row["label"]: row for row in table(folder, "comparison-equal-flops")}
     epochs = round(share["acdc"] / share["static"])
     assert epochs > 1
-    assert set(longer) == {"acdc", "static", "small-dense-flops"}
+    assert set(longer) == {"dense", "acdc", "static", "small-dense-flops"}
     run = json.loads((folder / "equal-flops" / "static" / "0.75" / "seed-0" / "run.json").read_text())
     assert run["config"]["train"]["epochs"] == epochs
     assert float(longer["static"]["training_share"]) == pytest.approx(epochs * share["static"], rel=0.05)

@@ -92,11 +92,13 @@ class TestSpaces:
             base = contender_recipe(plan(label, reference=label), contender, None if contender.is_dense else 0.9)
             drawn[label] = [
                 tuple(trial_changes(contender, base, trial=t, seed=TUNING_SEED)[name] for name in common)
-                for t in range(1, 13)
+                for t in range(1, 14)
             ]
         assert drawn["acdc"] == drawn["rigl"] == drawn["dense"] == drawn["acdc+ham"]
         assert drawn["acdc"][:3] == [(0.2, 5e-4), (0.05, 1e-3), (0.1, 1.25e-4)]
-        assert len(set(drawn["acdc"])) == 12  # every pair
+        assert len(set(drawn["acdc"][:11])) == 11  # every pair but the recipe's own, which the first trial had
+        assert (DIGITS.optimizer.lr, DIGITS.optimizer.weight_decay) not in drawn["acdc"]
+        assert drawn["acdc"][11:] == drawn["acdc"][:2]
 
     def test_values_that_the_sparsity_does_not_allow_are_not_drawn(self):
         contender = find_contender("topkast")
@@ -110,6 +112,18 @@ class TestSpaces:
     def test_what_a_contender_fixes_is_not_tuned(self):
         assert "schedule.start" not in {knob.path for knob in knobs_of(find_contender("gmp-pretrained"))}
         assert "method.ham" in {knob.path for knob in knobs_of(find_contender("acdc+ham"))}
+        given = {
+            "strong=acdc+ham,method.ham=(400.0,0.001)": "method.ham",
+            "slow=rigl,optimizer.lr=0.01": "optimizer.lr",
+        }
+        for text, path in given.items():
+            assert path not in {knob.path for knob in knobs_of(find_contender(text))}
+
+    def test_both_learning_rates_of_muon_are_tuned_together(self):
+        contender = find_contender("acdc")
+        recipe = changed(DIGITS, {"optimizer.name": "muon", "optimizer.lr": 0.004, "optimizer.muon_lr": 0.03})
+        found = trial_changes(contender, recipe, trial=2, seed=1)
+        assert (found["optimizer.lr"], found["optimizer.muon_lr"]) == (0.002, 0.015)
 
     def test_places_are_fractions_of_the_run_in_the_unit_of_the_schedule(self):
         contender = find_contender("oneshot")

@@ -59,9 +59,9 @@ class TestCorrection:
                 for p in (reference, dense)
             )
             return MethodRow(
-                label=label, sparsity=0.9, achieved_sparsity=0.9, seeds=5, accuracy=0.7, deviation=0.1, half_width=0.1,
-                twin_accuracy=math.nan, twin_deviation=math.nan, to_reference=to_reference, to_dense=to_dense,
-                training_share=1, inference_share=1, seconds=1, failed=0,
+                label=label, sparsity=0.9, achieved_sparsity=0.9, epochs=1, seeds=5, accuracy=0.7, deviation=0.1,
+                half_width=0.1, twin_accuracy=math.nan, twin_deviation=math.nan, to_reference=to_reference,
+                to_dense=to_dense, training_share=1, inference_share=1, seconds=1, failed=0,
             )  # fmt: skip
 
         acdc = row("acdc", reference=None, dense=0.01)

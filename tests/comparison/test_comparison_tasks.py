@@ -12,7 +12,7 @@ from sparsetwin.comparison import (
     known_labels,
     tasks,
 )
-from sparsetwin.comparison._longer import lengthened
+from sparsetwin.comparison._longer import in_whole_rounds, lengthened
 from sparsetwin.comparison._plan import TUNING_SEED, Outcome
 from sparsetwin.comparison._spaces import knobs_of, trial_changes
 from sparsetwin.errors import ConfigError
@@ -76,6 +76,67 @@ class TestTasks:
         }
         longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
         assert [(task.label, task.recipe.train.epochs) for task in longer] == [("static", 6 * DIGITS.train.epochs)]
+
+    def test_whether_a_method_runs_longer_is_decided_once_for_all_seeds(self):
+        asked = plan("acdc", "static", sparsities=(0.9,), seeds=(3, 0, 1), equal_flops=("static",))
+        flops = {"acdc": {3: 0, 0: 300, 1: 100}, "static": {3: 100, 0: 100, 1: 100}}
+        outcomes = {
+            Path(f"runs/{label}/0.9/seed-{seed}"): Outcome(holdout=0.9, training_flops=spent)
+            for label, seeds in flops.items() for seed, spent in seeds.items()
+        }  # fmt: skip
+        longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
+        # the first seed that both ended; the reference failed on seed 3 and costs as much as static on seed 1
+        assert [(task.recipe.seed, task.recipe.train.epochs) for task in longer] == [
+            (seed, 3 * DIGITS.train.epochs) for seed in (3, 0, 1)
+        ]
+        outcomes.pop(Path("runs/acdc/0.9/seed-3"))
+        assert not [task for task in tasks(asked, outcomes) if task.table == "flops"]  # not known yet
+
+    def test_a_failed_start_decides_nothing_about_longer_runs(self):
+        asked = plan("acdc", "gmp-pretrained", sparsities=(0.9,), seeds=(0, 1), equal_flops=("gmp-pretrained",))
+        flops = {"pretrained/dense/seed-0": 0, "pretrained/dense/seed-1": 100, "acdc/0.9/seed-0": 900,
+                 "acdc/0.9/seed-1": 300, "gmp-pretrained/0.9/seed-1": 50}  # fmt: skip
+        outcomes = {
+            Path("runs") / name: Outcome(holdout=0.9, training_flops=spent) for name, spent in flops.items()
+        }  # fmt: skip
+        longer = [task for task in tasks(asked, outcomes) if task.table == "flops"]
+        assert [(task.recipe.seed, task.recipe.train.epochs) for task in longer] == [(1, 4 * DIGITS.train.epochs)]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"schedule.every": 0.5},
+            {"schedule.unit": "fractions", "schedule.sparsity": 0.9},
+            {"schedule.unit": "fractions", "schedule.every": 0.02},
+            {"schedule.unit": "steps", "schedule.every": 7, "schedule.stop": 500},
+        ],
+    )
+    def test_a_longer_run_updates_its_masks_as_often(self, changes):
+        recipe = changed(DIGITS, {**changes, "method.name": "rigl"})
+        recipes = (recipe, lengthened(recipe, 3 * recipe.train.epochs))
+        short, long = (
+            r.method.build(r.schedule, steps_per_epoch=20, epochs=r.train.epochs).schedule.phases for r in recipes
+        )
+        assert long[0].steps == short[0].steps
+        assert len(long) == pytest.approx(3 * len(short), abs=3)
+
+    def test_gradual_pruning_goes_on_as_often_in_a_longer_run(self):
+        recipe = changed(DIGITS, {"method.name": "gmp", "schedule.every": 0.5})
+        assert lengthened(recipe, 120).schedule.every == 0.5
+
+    def test_quantization_begins_in_proportion(self):
+        recipe = changed(DIGITS, {"method.qat": True, "method.qat_start": 45.0})
+        assert lengthened(recipe, 120).method.qat_start == 90.0
+        fractions = changed(DIGITS, {"schedule.unit": "fractions", "method.name": "imp", "method.qat": True})
+        whole = in_whole_rounds(changed(fractions, {"method.qat_start": 0.8}))
+        assert (whole.schedule.unit, whole.method.qat_start) == ("epochs", 0.8 * 60 * 4)
+
+    def test_each_whole_round_warms_up_as_long_as_the_others_do(self):
+        whole = in_whole_rounds(changed(DIGITS, {"method.name": "imp", "learning_rate.warmup_epochs": 5.0}))
+        method = whole.method.build(whole.schedule, steps_per_epoch=10, epochs=whole.train.epochs)
+        squeezed = method.learning_rate_steps / method.schedule.total_steps
+        assert whole.learning_rate.warmup_epochs * squeezed == pytest.approx(5.0, rel=0.05)
 
     def test_lengths_in_epochs_grow_with_a_longer_run(self):
         recipe = changed(DIGITS, {"schedule.start": 6.0, "learning_rate.milestones": (30.0, 50.0)})
@@ -195,6 +256,11 @@ class TestTasks:
         assert shared.rewind_step == pytest.approx(whole.rewind_step, abs=4)  # five hundredths of the recipe's epochs
         assert whole.rewind_step == pytest.approx(0.05 * 10 * epochs, abs=4)
 
+    def test_a_given_threshold_is_not_looked_for(self):
+        asked = plan("mine=str,method.options.initial=-3.0", sparsities=(0.9,), seeds=(0,), reference="mine")
+        (run,) = tasks(asked, {})
+        assert run.recipe.method.options == {"exact_final": True, "initial": -3.0}
+
     def test_str_is_cut_after_trials_that_are_not(self):
         asked = plan("str", sparsities=(0.9,), seeds=(0,), trials=1, reference="str")
         (trial,) = tasks(asked, {})
@@ -228,6 +294,12 @@ class TestTasks:
         ):
             plan("acdc", "small-dense-flops", recipe=find_recipe("charlm-gpt")).check()
 
+    def test_what_is_not_tested_is_not_compared(self):
+        with pytest.raises(ConfigError, match=r"acdc at sparsity 0.9: methods are compared by test accuracy"):
+            plan("acdc", recipe=changed(DIGITS, {"train.test": False})).check()
+        with pytest.raises(ConfigError, match=r"mine at sparsity 0.9: methods are compared by test accuracy"):
+            plan("acdc", "mine=rigl,train.test=False").check()
+
     def test_what_is_said_of_sparse_methods_is_no_matter_for_dense_ones(self):
         recipe = changed(DIGITS, {"method.distribution": "uniform"})
         asked = plan("acdc", "dense", "oneshot-pretrained", "small-dense-parameters", recipe=recipe)
@@ -257,6 +329,7 @@ class TestTasks:
             (("acdc",), {"trials": 2, "recipe": changed(DIGITS, {"dataset.holdout": 0.0})},
              "settings are chosen on a hold-out, but the recipe has none"),
             (("acdc",), {"trials": 2, "recipe": changed(DIGITS, {"schedule.unit": "steps"})}, "use epochs"),
+            (("acdc", "g=gmp,schedule.unit=steps"), {"trials": 2}, "the schedule of g in steps"),
         ],
     )  # fmt: skip
     def test_plans_that_cannot_be(self, labels, fields, message):

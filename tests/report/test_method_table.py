@@ -20,14 +20,14 @@ from sparsetwin.report import (
 
 GAP = Gap(pairs=5, difference=-0.0123, half_width=0.0051, p_value=0.01)
 ROW = MethodRow(
-    label="gmp", sparsity=0.9, achieved_sparsity=0.9, seeds=5, accuracy=0.7512, deviation=0.0034,
+    label="gmp", sparsity=0.9, achieved_sparsity=0.9, epochs=60.0, seeds=5, accuracy=0.7512, deviation=0.0034,
     half_width=0.0042, twin_accuracy=0.7634, twin_deviation=0.0021, to_reference=GAP,
     to_dense=replace(GAP, difference=-0.02, p_value=0.3), training_share=0.56, inference_share=0.12, seconds=61.0,
     failed=0,
 )  # fmt: skip
 NAN = math.nan
 NOTHING = replace(
-    ROW, label="wild", achieved_sparsity=NAN, seeds=0, accuracy=NAN, deviation=NAN, half_width=NAN,
+    ROW, label="wild", achieved_sparsity=NAN, epochs=NAN, seeds=0, accuracy=NAN, deviation=NAN, half_width=NAN,
     twin_accuracy=NAN, twin_deviation=NAN, to_reference=None, to_dense=None,
     training_share=NAN, inference_share=NAN, seconds=NAN, failed=3,
 )  # fmt: skip
@@ -54,18 +54,18 @@ def test_a_verdict_takes_five_pairs_without_a_failed_seed_and_a_small_p_value(of
 
 def test_cells_are_what_a_reader_needs():
     assert dict(zip(METHOD_HEADINGS, method_cells(ROW), strict=True)) == {
-        "method": "gmp", "sparsity": "90%", "achieved": "90%", "seeds": "5", "test accuracy": "75.12%", "std": "0.34",
-        "95% interval": "± 0.42", "dense twin": "76.34% (0.21)", "to reference": "-1.23 ± 0.51", "verdict": "worse",
-        "to dense": "-2.00 ± 0.51", "verdict on dense": "no difference shown", "training FLOPs": "56%",
-        "inference FLOPs": "12%", "time": "1 min 1 s",
+        "method": "gmp", "sparsity": "90%", "achieved": "90%", "epochs": "60", "seeds": "5", "test accuracy": "75.12%",
+        "std": "0.34", "95% interval": "± 0.42", "dense twin": "76.34% (0.21)", "to reference": "-1.23 ± 0.51",
+        "verdict": "worse", "to dense": "-2.00 ± 0.51", "verdict on dense": "no difference shown",
+        "training FLOPs": "56%", "inference FLOPs": "12%", "time": "1 min 1 s",
     }  # fmt: skip
 
 
 def test_a_method_that_failed_on_every_seed_has_dashes_and_says_so():
     cells = method_cells(NOTHING)
-    assert cells[3] == "0 (3 failed)"
-    assert set(cells[2:3] + cells[4:]) == {"–"}
-    assert method_cells(replace(ROW, seeds=4, failed=1))[3] == "4 (1 failed)"
+    assert cells[4] == "0 (3 failed)"
+    assert set(cells[2:4] + cells[5:]) == {"–"}
+    assert method_cells(replace(ROW, seeds=4, failed=1))[4] == "4 (1 failed)"
     assert "76.34%" in method_cells(replace(ROW, seeds=1, twin_deviation=NAN))
 
 

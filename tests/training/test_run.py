@@ -337,6 +337,7 @@ def test_a_run_stopped_on_request_and_begun_anew_ends_with_the_same_bytes(
 
         def __init__(self) -> None:
             self.run: Run | None = None
+            self.step = 0
 
         def event(self, event: Any) -> None: ...
 
@@ -344,6 +345,7 @@ def test_a_run_stopped_on_request_and_begun_anew_ends_with_the_same_bytes(
             done = progress.step + (18 if progress.stage != "main" else 0)
             if self.run is not None and done >= stop_at:
                 self.run.request_stop()
+                self.step = self.step or progress.step
 
     given = settings(dense_finetune=True, learning_rate=COSINE, checkpoint_epochs=0.5)
     first = Stop()
@@ -356,6 +358,16 @@ def test_a_run_stopped_on_request_and_begun_anew_ends_with_the_same_bytes(
     for path in finetuned.folder.pair.iterdir():
         assert (run.folder.pair / path.name).read_bytes() == path.read_bytes()
     assert run.folder.metrics.read_bytes() == finetuned.folder.metrics.read_bytes()
+    times, whole = (
+        [json.loads(line) for line in folder.timing.read_text().splitlines()]
+        for folder in (run.folder, finetuned.folder)
+    )
+    parts = [time for time in times if not time["samples"]]  # what a stop cuts off has its wall time too
+    ends_at = first.step + (first.step == 72)  # the fine-tuning does one step before it stops
+    assert len(parts) == (not stopped and ends_at % 18 != 0)
+    assert [(time["stage"], time["epoch"], time["samples"]) for time in times if time not in parts] == [
+        (time["stage"], time["epoch"], time["samples"]) for time in whole
+    ]
 
 
 def test_checkpoints_hold_plain_data_only(finetuned: Run) -> None:

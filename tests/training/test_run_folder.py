@@ -101,6 +101,13 @@ def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
         RunFolder(tmp_path).create({})
 
 
+def test_what_a_killed_process_left_of_its_description_is_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "run.tmp").write_text('{"ver')
+    RunFolder(tmp_path).create({"seed": 3})
+    assert RunFolder(tmp_path).read()["seed"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 class TestJournal:
     """Logs that go back to where a checkpoint stands."""
 

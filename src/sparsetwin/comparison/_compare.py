@@ -28,6 +28,10 @@ TABLES = {"epochs": "Equal epochs", "flops": "Equal training FLOPs"}
 """Headings of the tables, by the names of `Task.table`."""
 
 _PLAN = "comparison.json"
+_GREW = (
+    "This comparison has grown, by the commands below. The p-values do not account for that: whoever adds seeds "
+    "because of what the first ones showed finds differences more often than they are there."
+)
 
 
 def compare(plan: Plan, runner: Runner, *, command: str, smoke: str | None = None) -> dict[str, list[MethodRow]]:
@@ -75,7 +79,7 @@ def write_tables(
         (out / "comparison-tuning.md").write_text(tuning_markdown(tuning), encoding="utf-8")
     titled = {TABLES[name]: rows for name, rows in tables.items()}
     title = f"{about['recipe']}: {len(plan.contenders)} methods compared"
-    notes = [*_said(plan), *([smoke] if smoke else [])]
+    notes = [*_said(plan), *([_GREW] if "part 1" in about else []), *([smoke] if smoke else [])]
     write_method_page(titled, out / "comparison.html", title=title, notes=notes, about=about, tuning=tuning)
     return tables
 
@@ -83,13 +87,12 @@ def write_tables(
 def _said(plan: Plan) -> list[str]:
     """Return how the numbers came about."""
     said = [
-        f"Test accuracy after the last of {plan.recipe.train.epochs} epochs: the mean over seeds, the deviation of the "
-        "sample and the 95% interval of the mean (Student's t). Differences are to "
-        f"{plan.reference} and to the dense baseline, paired by seed. A method is called better or worse only with at "
-        "least five seeds, none of which failed, and a p-value below 0.05 after Holm's correction over all differences "
-        f"here; seeds: {len(plan.seeds)}.",
+        "Test accuracy after the last epoch: the mean over seeds, the deviation of the sample and the 95% interval of "
+        f"the mean (Student's t). Differences are to {plan.reference} and to the dense baseline, paired by seed. A "
+        "method is called better or worse only with at least five seeds, none of which failed, and a p-value below "
+        f"0.05 after Holm's correction over all differences here; seeds: {len(plan.seeds)}.",
         "Training FLOPs count every pass of a method, forward and backward, at the weights that it needs, over those "
-        "of a dense training of as many epochs.",
+        f"of a dense training of {plan.recipe.train.epochs} epochs.",
     ]
     if any(contender.starts for contender in plan.contenders):
         starts = ", ".join(contender.label for contender in plan.contenders if contender.starts)
@@ -98,10 +101,14 @@ def _said(plan: Plan) -> list[str]:
             f"the dense baseline: {starts}. Its FLOPs and its time are counted with theirs, so at equal epochs these "
             "methods train twice as long as the others."
         )
+    longer = [c.label for c in plan.contenders if c.whole_rounds or "train.epochs" in c.changes]
+    if longer:
+        said.append(f"Not of {plan.recipe.train.epochs} epochs, as the column says: {', '.join(longer)}.")
     if plan.equal_flops:
         said.append(
             f"Equal training FLOPs: of {', '.join(plan.equal_flops)}, those that cost less than {plan.reference} are "
-            "trained once more, for as many epochs as its FLOPs last. No others are in that table."
+            "trained once more, for as many epochs as its FLOPs last on the first seed, all seeds for as many. In "
+            f"that table are these, {plan.reference} itself, and the dense baseline, which costs what it costs."
         )
     if plan.trials:
         spaces = "; ".join(_space(contender) for contender in plan.contenders)

@@ -14,6 +14,9 @@ from sparsetwin.recipes import Recipe
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 
+HAM = (200.0, 1e-3)
+"""Alpha and beta of the contenders with the hyperbolic mirror step, before any tuning."""
+
 PRETRAINED = "pretrained"
 """Name of the dense runs that contenders begin from which need a trained network."""
 
@@ -47,8 +50,8 @@ def _plain(name: str) -> Contender:
 _SPECIAL = {
     contender.label: contender
     for contender in (
-        Contender(label="acdc+ham", changes={"method.name": "acdc", "method.ham": (200.0, 1e-3)}),
-        Contender(label="gmp+ham", changes={"method.name": "gmp", "method.ham": (200.0, 1e-3)}),
+        Contender(label="acdc+ham", changes={"method.name": "acdc", "method.ham": HAM}),
+        Contender(label="gmp+ham", changes={"method.name": "gmp", "method.ham": HAM}),
         Contender(
             label="acdc++",
             changes={
@@ -118,7 +121,9 @@ def find_contender(text: str) -> Contender:
             f"{nearest(base, known_labels())}"
         )
     found = _SPECIAL.get(base) or _plain(base)
-    return dataclasses.replace(found, label=label, changes={**found.changes, **dict(map(_change, changes))})
+    own = dict(map(_change, changes))
+    aim = None if found.aim is None or found.aim.path in own else found.aim  # what is given is not looked for
+    return dataclasses.replace(found, label=label, aim=aim, changes={**found.changes, **own})
 
 
 def _change(text: str) -> tuple[str, Any]:

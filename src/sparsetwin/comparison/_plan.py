@@ -62,10 +62,12 @@ class Plan:
             return
         if not getattr(self.recipe.dataset, "holdout", True):
             raise ConfigError("settings are chosen on a hold-out, but the recipe has none: --dataset.holdout 0.1")
-        if self.recipe.schedule.unit == "steps":
-            raise ConfigError(
-                "what is tuned are fractions of a run, which a schedule in steps does not tell; use epochs"
-            )
+        for contender in self.contenders:
+            if contender.changes.get("schedule.unit", self.recipe.schedule.unit) == "steps":
+                raise ConfigError(
+                    f"what is tuned are fractions of a run, which the schedule of {contender.label} in steps does not "
+                    "tell; use epochs"
+                )
         if TUNING_SEED in self.seeds:
             raise ConfigError(f"the seed {TUNING_SEED} is that of the trials; compare with others")
 
@@ -78,7 +80,10 @@ class Plan:
         for contender in self.contenders:
             for sparsity in (None,) if contender.is_dense else self.sparsities:
                 try:
-                    check_recipe(recipe_from_plain(contender_recipe(self, contender, sparsity).plain()))
+                    recipe = recipe_from_plain(contender_recipe(self, contender, sparsity).plain())
+                    check_recipe(recipe)
+                    if not recipe.train.test:
+                        raise ConfigError("methods are compared by test accuracy; leave out --train.no-test")
                 except SparsetwinError as error:
                     at = "" if sparsity is None else f" at sparsity {sparsity:g}"
                     raise ConfigError(f"{contender.label}{at}: {error}") from error

@@ -26,6 +26,7 @@ class Result:
     training_share: float
     inference_share: float
     seconds: float
+    epochs: float  # with those of the dense training that it began from
 
 
 _Key = tuple[str, float | None]
@@ -47,18 +48,13 @@ def rows_of(plan: Plan, known: Sequence[Task], out: Path, *, table: str, ranks: 
     if shown and table == "flops":
         beside = (plan.reference, dense)
         shown = [task for task in known if task.table == "epochs" and task.label in beside] + shown
-    results: dict[_Key, list[Result]] = {}
-    failed: dict[_Key, int] = {}
+    results: dict[_Key, list[Result]] = {key: [] for key in (keys_of(plan) if table == "epochs" else ())}
     for task in shown:
-        key = (task.label, task.sparsity)
         found = _result(out, task, yardstick)
-        results.setdefault(key, []).extend([] if found is None else [found])
-        failed[key] = failed.get(key, 0) + (found is None)
-    if table == "epochs":  # of a contender whose dense run failed there is no task at all
-        failed = {key: len(plan.seeds) - len(results.get(key, [])) for key in keys_of(plan)}
+        results.setdefault((task.label, task.sparsity), []).extend([] if found is None else [found])
     order = {contender.label: index for index, contender in enumerate(plan.contenders)}
-    keys = sorted(failed, key=lambda key: (-1.0 if key[1] is None else key[1], order[key[0]]))
-    return [_row(key, results.get(key, []), failed[key], results, plan, ranks=ranks) for key in keys]
+    keys = sorted(results, key=lambda key: (-1.0 if key[1] is None else key[1], order[key[0]]))
+    return [_row(key, results, plan, ranks=ranks) for key in keys]
 
 
 def keys_of(plan: Plan) -> list[_Key]:
@@ -106,11 +102,13 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
     assert member is not None
     assert member.test is not None
     spent, seconds = run.final.training_flops, sum(epoch.seconds for epoch in run.times)
+    epochs = run.start.epochs
     if task.pretrained is not None:
         before = read_run(out / task.pretrained)
         assert before.final is not None
         spent += before.final.training_flops
         seconds += sum(epoch.seconds for epoch in before.times)
+        epochs += before.start.epochs
     return Result(
         seed=run.seed,
         accuracy=member.test.accuracy,
@@ -119,13 +117,13 @@ def _result(out: Path, task: Task, yardstick: Yardstick) -> Result | None:
         training_share=spent / yardstick.training_flops(run),
         inference_share=member.forward_flops / (yardstick.forward or run.final.dense_forward_flops),
         seconds=seconds,
+        epochs=epochs,
     )
 
 
-def _row(
-    key: _Key, found: Sequence[Result], failed: int, results: dict[_Key, list[Result]], plan: Plan, *, ranks: bool
-) -> MethodRow:
+def _row(key: _Key, results: Mapping[_Key, Sequence[Result]], plan: Plan, *, ranks: bool) -> MethodRow:
     label, sparsity = key
+    found = results[key]
 
     def mean(name: str) -> float:
         return summary([getattr(result, name) for result in found]).mean if found else math.nan
@@ -140,6 +138,7 @@ def _row(
         label=label,
         sparsity=sparsity,
         achieved_sparsity=mean("sparsity"),
+        epochs=mean("epochs"),
         seeds=len(found),
         accuracy=accuracy.mean if accuracy else math.nan,
         deviation=accuracy.deviation if accuracy else math.nan,
@@ -151,7 +150,7 @@ def _row(
         training_share=mean("training_share"),
         inference_share=mean("inference_share"),
         seconds=mean("seconds"),
-        failed=failed,
+        failed=len(plan.seeds) - len(found),  # of a contender whose dense run failed there is no task at all
         ranks=ranks,
     )
 

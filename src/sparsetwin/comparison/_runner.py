@@ -147,7 +147,7 @@ class Runner:
         log = Path(self._logs.name) / f"{self._begun}.txt"
         log.touch()
         self._begun += 1
-        process = _CONTEXT.Process(target=train_quietly, args=(folder.path, log), daemon=False)
+        process = _CONTEXT.Process(target=train_quietly, args=(folder.path, log, self.data), daemon=False)
         process.start()
         self._running[task.folder] = (process, log)
 
@@ -189,7 +189,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return changed(recipe, {"pretrained": None}).plain()
 
 
-def train_quietly(path: Path, log: Path) -> None:
+def train_quietly(path: Path, log: Path, data: Path | None) -> None:
     """Go on with a run, from wherever it is, in a process that is there for it alone.
 
     The process ends with code 0 once the run has ended or has come to nothing, which is written down beside it then.
@@ -197,6 +197,7 @@ def train_quietly(path: Path, log: Path) -> None:
     Args:
         path: The run folder.
         log: What is said goes there.
+        data: Folder of the data set, wherever it was when the run began.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # an interrupt from the terminal is for the comparison, which then asks every run to stop
@@ -205,7 +206,7 @@ def train_quietly(path: Path, log: Path) -> None:
             os.dup2(said.fileno(), stream)
         sys.stdout = sys.stderr = said
         try:
-            finished = _train(RunFolder(path))
+            finished = _train(RunFolder(path), data)
         except TrainingError as error:
             (path / FAILED).write_text(f"{error}\n", encoding="utf-8")
             return
@@ -216,11 +217,10 @@ def train_quietly(path: Path, log: Path) -> None:
         sys.exit(_STOPPED)
 
 
-def _train(folder: RunFolder) -> bool:
+def _train(folder: RunFolder, data: Path | None) -> bool:
     described = folder.read()
     torch.set_num_threads(described["threads"])
-    data = described["data"]
-    run = build_run(recipe_from_plain(described["config"]), folder, data=None if data is None else Path(data))
+    run = build_run(recipe_from_plain(described["config"]), folder, data=data)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: run.request_stop())
     threading.Thread(target=_after_parent, args=(run.request_stop,), daemon=True).start()

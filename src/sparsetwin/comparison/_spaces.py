@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsetwin.comparison._contenders import Contender, changed
+from sparsetwin.comparison._contenders import HAM, Contender, changed
 from sparsetwin.errors import SparsetwinError
 from sparsetwin.methods import METHODS, Knob
 from sparsetwin.recipes import Recipe, check_recipe
@@ -20,6 +20,7 @@ COMMON = (
 )
 """Knobs of every contender; their numbers of values have no common factor, so that all pairs come."""
 _IN_ORDER = {knob.path for knob in COMMON}
+_PAIRS, _OWN = 12, 6  # of their values, and the place of the pair that changes nothing, which trial 0 has
 
 HAM_KNOBS = (Knob("method.ham", ((50.0, 1e-3), (200.0, 1e-3), (200.0, 1e-4))),)
 """Knobs of every method with the hyperbolic mirror step."""
@@ -29,10 +30,10 @@ def knobs_of(contender: Contender) -> tuple[Knob, ...]:
     """Return what is drawn for a contender; what it fixes itself is not, nor one whose trials look for a sparsity."""
     if contender.aim is not None:
         return ()
-    mirror = HAM_KNOBS if "method.ham" in contender.changes else ()
+    mirror = HAM_KNOBS if contender.changes.get("method.ham") == HAM else ()
     own = [knob for knob in METHODS[contender.method].knobs if knob.path not in contender.changes]
-    replaced = {knob.path for knob in own}
-    return (*(knob for knob in COMMON if knob.path not in replaced), *mirror, *own)
+    taken = {knob.path for knob in own} | contender.changes.keys()
+    return (*(knob for knob in COMMON if knob.path not in taken), *mirror, *own)
 
 
 def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int
     if not trial:
         return {}
     generator = np.random.default_rng([seed, trial, *contender.label.encode()])
+    turn = (trial - 1) % (_PAIRS - 1)
+    turn += turn >= _OWN
     changes: dict[str, Any] = {}
     for knob in knobs_of(contender):
         values = [value for value in (_in_unit(knob, value, recipe) for value in knob.values)
@@ -54,9 +57,12 @@ def trial_changes(contender: Contender, recipe: Recipe, *, trial: int, seed: int
         if not values:  # of a knob whose values all need another sparsity the recipe's own stays
             continue
         if knob.path in _IN_ORDER:
-            changes[knob.path] = values[(trial - 1) % len(values)]
+            changes[knob.path] = values[turn % len(values)]
         else:
             changes[knob.path] = values[int(generator.integers(len(values)))]
+    if recipe.optimizer.name == "muon" and "optimizer.lr" in changes and "optimizer.muon_lr" not in contender.changes:
+        factor = changes["optimizer.lr"] / recipe.optimizer.lr
+        changes["optimizer.muon_lr"] = recipe.optimizer.muon_lr * factor  # one of two rates of the same optimizer
     return changes
 
 

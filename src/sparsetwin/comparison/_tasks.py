@@ -23,7 +23,7 @@ def tasks(plan: Plan, outcomes: Mapping[Path, Outcome]) -> Iterator[Task]:
         plan: What is compared.
         outcomes: Of the runs that have finished, or failed, by folder.
     """
-    start = _start(plan)
+    start = start_of(plan)
     planned = _Tasks(plan=plan, outcomes=outcomes, start=start)
     if start is not None:
         yield from planned.of(start, None)
@@ -61,9 +61,11 @@ class _Tasks:
             return
         if contender == self.start and found.folder is not None:
             self.starts[TUNING_SEED] = found.folder
+        recipe = _finished(contender, changed(base, found.changes))
         for seed in self.plan.seeds:
-            recipe = _finished(contender, changed(base, {**found.changes, "seed": seed}))
-            yield from self._runs(contender, sparsity, recipe)
+            yield from self._run(contender, sparsity, changed(recipe, {"seed": seed}))
+        if contender.label in self.plan.equal_flops:
+            yield from self._longer(contender, sparsity, recipe)
 
     def _tuned(
         self, contender: Contender, sparsity: float | None, base: Recipe
@@ -116,8 +118,8 @@ class _Tasks:
             pretrained=self.starts[TUNING_SEED] if contender.starts else None,
         )
 
-    def _runs(self, contender: Contender, sparsity: float | None, recipe: Recipe) -> Iterator[Task]:
-        """Yield a run, and once it and the reference have finished, its longer twin of equal FLOPs."""
+    def _run(self, contender: Contender, sparsity: float | None, recipe: Recipe) -> Iterator[Task]:
+        """Yield a run of one seed; none as long as the dense one that it begins from is not there."""
         if contender.starts and not self._is_there(recipe.seed):
             return
         is_start = contender.label == PRETRAINED
@@ -132,28 +134,51 @@ class _Tasks:
         if contender == self.start:
             self.starts[recipe.seed] = run.folder
         yield run
-        if (epochs := self._equal_epochs(run)) > recipe.train.epochs and contender.label in self.plan.equal_flops:
-            yield Task(
-                folder=_folder("equal-flops", contender.label, sparsity, recipe.seed),
-                recipe=lengthened(recipe, epochs),
-                label=contender.label,
-                sparsity=sparsity,
-                table="flops",
-                pretrained=run.pretrained,
-            )
 
-    def _equal_epochs(self, run: Task) -> int:
-        """Return for how many epochs the training FLOPs of the reference last a contender; 0 if that is not known."""
-        plan, seed = self.plan, run.recipe.seed
-        reference = self.outcomes.get(_folder("runs", plan.reference, plan.reference_at(run.sparsity), seed))
-        own = self.outcomes.get(run.folder)
-        if run.sparsity is None or reference is None or own is None or not own.training_flops:
-            return 0
-        before = 0 if run.pretrained is None else self.outcomes[run.pretrained].training_flops
-        budget = reference.training_flops - before
-        if self._reference.starts:
-            budget += self.outcomes[self.starts[seed]].training_flops
-        return round(run.recipe.train.epochs * budget / own.training_flops)
+    def _longer(self, contender: Contender, sparsity: float | None, recipe: Recipe) -> Iterator[Task]:
+        """Yield the runs for as many epochs as the FLOPs of the reference last, if these are more: of all seeds."""
+        epochs = self._equal_epochs(contender, sparsity, recipe.train.epochs)
+        if epochs <= recipe.train.epochs:
+            return
+        longer = lengthened(recipe, epochs)
+        for seed in self.plan.seeds:
+            if not contender.starts or self._is_there(seed):
+                yield Task(
+                    folder=_folder("equal-flops", contender.label, sparsity, seed),
+                    recipe=changed(longer, {"seed": seed}),
+                    label=contender.label,
+                    sparsity=sparsity,
+                    table="flops",
+                    pretrained=self.starts[seed] if contender.starts else None,
+                )
+
+    def _equal_epochs(self, contender: Contender, sparsity: float | None, epochs: int) -> int:
+        """Return for how many epochs the training FLOPs of the reference last a contender.
+
+        Decided once for all seeds, by the first on which both came to an end, so that which of them are run longer
+        never depends on what they came to.
+
+        Returns:
+            0 as long as that is not known, or if there is no such seed.
+        """
+        plan, begins = self.plan, bool(contender.starts or self._reference.starts)
+        for seed in plan.seeds:
+            start = self._spent(self.starts.get(seed)) if begins else 0
+            if begins and start == 0:  # it failed
+                continue
+            reference = self._spent(_folder("runs", plan.reference, plan.reference_at(sparsity), seed))
+            own = self._spent(_folder("runs", contender.label, sparsity, seed))
+            if start is None or reference is None or own is None:
+                return 0
+            if reference and own:
+                before = (start if self._reference.starts else 0) - (start if contender.starts else 0)
+                return round(epochs * (reference + before) / own)
+        return 0
+
+    def _spent(self, folder: Path | None) -> int | None:
+        """Return the training FLOPs of a run: 0 of one that failed, None of one that has not ended."""
+        found = None if folder is None else self.outcomes.get(folder)
+        return None if found is None else found.training_flops
 
     def _forward_flops(self, sparsity: float | None) -> int | None:
         """Return the inference FLOPs of the reference's network at a sparsity: of its first seed that came to an end.
@@ -180,7 +205,7 @@ class _Tasks:
         return found is not None and found.training_flops > 0
 
 
-def _start(plan: Plan) -> Contender | None:
+def start_of(plan: Plan) -> Contender | None:
     """Return the dense network that others begin from: the plan's own if there is one; None if none does."""
     if not any(contender.starts for contender in plan.contenders):
         return None

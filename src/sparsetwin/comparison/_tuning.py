@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsetwin.comparison._contenders import Contender, changed
+from sparsetwin.comparison._contenders import PRETRAINED, Contender, changed
 from sparsetwin.comparison._plan import Plan, Task
 from sparsetwin.comparison._results import Yardstick, keys_of
 from sparsetwin.comparison._runner import outcome
 from sparsetwin.comparison._spaces import knobs_of
+from sparsetwin.comparison._tasks import start_of
 from sparsetwin.recipes import Recipe
 from sparsetwin.report import TuningRow, read_run
 
 
 def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
-    """Return a row for each method and sparsity whose trials have led to runs.
+    """Return a row for each method and sparsity whose trials have led to runs, and for what others begin from.
 
     Args:
         plan: What is compared.
@@ -23,12 +24,14 @@ def tuning_of(plan: Plan, known: Sequence[Task], out: Path) -> list[TuningRow]:
         out: Folder of the comparison.
     """
     yardstick = Yardstick.of(plan)
-    contenders = {contender.label: contender for contender in plan.contenders}
+    start = start_of(plan)
+    contenders = {contender.label: contender for contender in (*plan.contenders, *([start] if start else []))}
+    hidden = [(start.label, None)] if start and start not in plan.contenders else []
     rows = []
-    for label, sparsity in keys_of(plan):
+    for label, sparsity in [*keys_of(plan), *hidden]:
         of_row = [task for task in known if (task.label, task.sparsity) == (label, sparsity)]
         trials = [task for task in of_row if task.table == "trials"]
-        run = next((task.recipe for task in of_row if task.table == "epochs"), None)
+        run = next((task.recipe for task in of_row if task.table in ("epochs", PRETRAINED)), None)
         chosen = next((i for i, t in enumerate(trials) if run and _led_to(t.recipe, run, contenders[label])), None)
         if run is None or chosen is None:
             continue
@@ -55,12 +58,13 @@ def _led_to(trial: Recipe, run: Recipe, contender: Contender) -> bool:
 
 
 def _share(trials: Sequence[Task], out: Path, yardstick: Yardstick) -> float:
-    """Return the FLOPs of trials, and of the dense run that they begin from; NaN if all have failed."""
+    """Return the FLOPs of trials, failed ones too, and of the dense run that they begin from; NaN if all failed."""
     folders = {trial.folder for trial in trials} | {trial.pretrained for trial in trials if trial.pretrained}
-    runs = [run for folder in folders if (run := read_run(out / folder)).final is not None]
-    if not runs:
+    runs = [read_run(out / folder) for folder in folders]
+    ended = next((run for run in runs if run.final is not None), None)
+    if ended is None:
         return math.nan
-    return sum(run.final.training_flops for run in runs if run.final) / yardstick.training_flops(runs[0])
+    return sum(run.training_flops for run in runs) / yardstick.training_flops(ended)
 
 
 def _settings(contender: Contender, recipe: Recipe) -> str:

@@ -92,6 +92,11 @@ class ScheduleSettings:
         """Return where a method's usual schedule begins to prune, or what rounds go back to, as a fraction."""
         return usual_course(method, self.kind).start
 
+    def every_of(self, method: str) -> float | None:
+        """Return a method's usual time between updates of its masks, as a fraction; None where it has no such time."""
+        course = usual_course(method, self.kind)
+        return course.every if "every" in PLACES[course.kind] and not self.phases else None
+
     def _check_places(self, kind: Kind) -> None:
         """Refuse places that would do nothing."""
         used = () if self.phases else PLACES[kind]

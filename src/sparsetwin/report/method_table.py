@@ -48,6 +48,7 @@ class MethodRow:
     label: str
     sparsity: float | None  # asked for; None of a dense network
     achieved_sparsity: float  # mean over seeds
+    epochs: float  # of a run, with the dense training that it began from; mean
     seeds: int  # that came to an end
     accuracy: float  # mean
     deviation: float  # of the sample; NaN of one seed
@@ -64,8 +65,8 @@ class MethodRow:
 
 
 METHOD_HEADINGS = (
-    "method", "sparsity", "achieved", "seeds", "test accuracy", "std", "95% interval", "dense twin", "to reference",
-    "verdict", "to dense", "verdict on dense", "training FLOPs", "inference FLOPs", "time",
+    "method", "sparsity", "achieved", "epochs", "seeds", "test accuracy", "std", "95% interval", "dense twin",
+    "to reference", "verdict", "to dense", "verdict on dense", "training FLOPs", "inference FLOPs", "time",
 )  # fmt: skip
 """Headings of `method_cells`."""
 
@@ -115,6 +116,7 @@ def method_cells(row: MethodRow) -> tuple[str, ...]:
         row.label,
         "dense" if row.sparsity is None else sparsity_text(row.sparsity),
         shown(row.achieved_sparsity, sparsity_text),
+        shown(row.epochs, "{:g}".format),
         seeds,
         shown(row.accuracy, percent),
         points(row.deviation),

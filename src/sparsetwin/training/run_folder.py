@@ -28,13 +28,17 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def _temporary(self) -> Path:
+        return self.description.with_suffix(".tmp")
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line; reproducible, without wall times."""
         return self.path / "metrics.jsonl"
 
     @property
     def timing(self) -> Path:
-        """Wall times, one JSON object an epoch."""
+        """Wall times, one JSON object an epoch, and one more where a stop cut the epoch."""
         return self.path / "timing.jsonl"
 
     @property
@@ -69,14 +73,13 @@ class RunFolder:
         whole = {"version": RUN_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"), **description}
         text = json.dumps(whole, indent=2, sort_keys=True) + "\n"
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        temporary = self.description.with_suffix(".tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w") as file:
+            with self._temporary.open("w") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.description)
+            self._temporary.replace(self.description)
         except OSError as error:
             self.discard(made)
             raise CheckpointError(f"cannot write {self.description}: {error.strerror}") from error
@@ -171,7 +174,7 @@ class RunFolder:
                         f"{self.path} holds a run already; continue it with: sparsetwin resume {self.path}, or give "
                         "another folder with --out"
                     )
-                if any(self.path.iterdir()):
+                if any(entry != self._temporary for entry in self.path.iterdir()):  # a killed process may leave that
                     raise UsageError(f"{self.path} holds other files; give a new or an empty folder with --out")
             elif self.path.exists() or self.path.is_symlink():
                 raise UsageError(f"{self.path} is no folder; give a new one with --out")

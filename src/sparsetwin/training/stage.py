@@ -103,6 +103,8 @@ class Stage:
             if is_done or stops or step % checkpoint_steps == 0:
                 self._flush()
                 self._check_weights()
+                if stops and step % settings.steps_per_epoch:
+                    self._time_event(step // settings.steps_per_epoch + 1, samples=0)  # the epoch's line has them all
                 self.on_checkpoint()
             if is_done or stops:
                 return is_done
@@ -249,10 +251,14 @@ class Stage:
                 **counts,
             }
         )
+        self._time_event(epoch, samples=self.sums.samples)
+        self.sums = Sums()
+
+    def _time_event(self, epoch: int, *, samples: int) -> None:
+        """Write down the wall time of an epoch, or of the part of it that a stop cuts off."""
         now = time.perf_counter()
         seconds, self._epoch_began = now - self._epoch_began, now
-        self.journal.time({"stage": self.name, "epoch": epoch, "seconds": seconds, "samples": self.sums.samples})
-        self.sums = Sums()
+        self.journal.time({"stage": self.name, "epoch": epoch, "seconds": seconds, "samples": samples})
 
     def _member_name(self) -> str | None:
         """Return the member that the end of this phase is saved as; of sparse phases in a row only the last is one."""
