@@ -1,9 +1,12 @@
 """A small network in plain PyTorch that predicts the next byte of a text, and the plain loop that is the reference."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 import sparsetwin as st
+from sparsetwin.methods import Method
 
 CONTEXT = 8
 STEPS = 18
@@ -54,11 +57,13 @@ def make_loader(tokens: Tensor, *, batch_size: int = 16, different: int = 96) ->
     return torch.utils.data.DataLoader(data, batch_size=batch_size, generator=own_numbers)
 
 
-def train_plainly(tokens: Tensor, *, max_norm: float, accumulate: int = 1) -> tuple[ByteModel, st.Sparsifier]:
+def train_plainly(
+    tokens: Tensor, *, max_norm: float, accumulate: int = 1, method: Callable[..., Method] = st.ACDC
+) -> tuple[ByteModel, st.Sparsifier]:
     """Train 18 steps in epochs of 6 with nothing but PyTorch."""
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    sparsifier = st.Sparsifier(st.ACDC(schedule=SCHEDULE), model, optimizer)
+    sparsifier = st.Sparsifier(method(schedule=SCHEDULE), model, optimizer)
     torch.manual_seed(7)
     for _ in range(3):
         for index, (x, y) in enumerate(make_loader(tokens, batch_size=16 // accumulate)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sparsetwin as st
 from sparsetwin.errors import CheckpointError, ScheduleError, UsageError
+from sparsetwin.methods import Method
 
 L = pytest.importorskip("lightning", reason="the adapter of Lightning needs it")
 
@@ -70,8 +71,8 @@ def schedule(total_steps: int, steps_per_epoch: int) -> st.Schedule:
     return SCHEDULE
 
 
-def callback(folder: Path) -> SparsifierCallback:
-    return SparsifierCallback(schedule, folder / "pair")
+def callback(folder: Path, method: Callable[..., Method] = st.ACDC) -> SparsifierCallback:
+    return SparsifierCallback(schedule, folder / "pair", method=method)
 
 
 def trainer(*callbacks: Any, package: Any = L, **given: Any) -> Any:
@@ -100,10 +101,15 @@ def test_automatic_optimization_has_the_bits_of_the_plain_loop(tokens: Tensor, t
         assert (sparse.sparsifier.steps, sparse.sparsifier.sparsity()) == (STEPS, sparsifier.sparsity())
 
 
-def test_manual_optimization_has_the_bits_of_the_plain_loop(tokens: Tensor, tmp_path: Path):
-    module = Manual()
-    trainer(callback(tmp_path)).fit(module, make_loader(tokens))
-    model, _ = train_plainly(tokens, max_norm=MAX_NORM)
+@pytest.mark.parametrize("make", [Module, Manual])
+@pytest.mark.parametrize("method", [st.ACDC, st.TopKAST, st.ST3])
+def test_every_kind_of_gradient_mask_has_the_bits_of_the_plain_loop(
+    make: Callable[[], Module], method: Callable[..., Method], tokens: Tensor, tmp_path: Path
+):
+    module = make()
+    run = trainer(callback(tmp_path, method), gradient_clip_val=None if make is Manual else MAX_NORM)
+    run.fit(module, make_loader(tokens))
+    model, _ = train_plainly(tokens, max_norm=MAX_NORM, method=method)
     assert same_state(module.net, model)
 
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +7,10 @@ import pytest
 import torch
 from hf_runs import LENGTHS, STEPS, Case, bert, callback, gpt2, trainer, transformers, vit
 
+import sparsetwin as st
 from sparsetwin.errors import ScheduleError, UsageError
 from sparsetwin.integrations.transformers import SparsifierCallback, default_targets
+from sparsetwin.methods import Method
 
 SPARSE_STEPS = {*range(4, 7), *range(10, STEPS + 1)}  # after these, a sparse phase is in force or has just ended
 
@@ -76,6 +80,27 @@ def test_clipping_sees_the_gradients_of_kept_weights_only(tokens: torch.Tensor, 
     run.train()
     assert watch.pruned_gradients == 0
     assert watch.norms == pytest.approx(dict.fromkeys(range(1, STEPS + 1), 1e-3), rel=1e-2)  # less, if masked later
+
+
+@pytest.mark.parametrize("method", [partial(st.TopKAST, exploration=0), st.ST3])
+def test_methods_that_update_more_than_they_compute_with_get_those_gradients(
+    method: Callable[..., Method], tmp_path: Path
+):
+    sparse = callback(method=method, targets=st.Targets(include=("transformer.h.*.mlp.c_fc.weight",)))
+    seen: list[bool] = []
+
+    class Gradients(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            masks = sparse.sparsifier.gradient_masks
+            for name, used in sparse.sparsifier.masks.items():
+                gradient = sparse.sparsifier.weights[name].grad
+                updated = masks.get(name, torch.ones_like(used))
+                assert int((updated & ~used).sum()) > 0.2 * used.numel()
+                seen.append(torch.equal(gradient != 0, updated))
+
+    made = gpt2(torch.randint(256, (20_000,)))
+    trainer(made, tmp_path, callbacks=[sparse, Gradients()], max_grad_norm=1e-3).train()
+    assert seen == [True] * 24  # two weights, twelve sparse steps
 
 
 def test_accumulated_micro_batches_are_one_step(tokens: torch.Tensor, tmp_path: Path):
