@@ -8,7 +8,7 @@ from byte_model import KINDS, SCHEDULE, STEPS, make_loader, make_model, same_sta
 from torch import Tensor, nn
 
 import sparsetwin as st
-from sparsetwin.errors import CheckpointError, ScheduleError, UsageError
+from sparsetwin.errors import CheckpointError, ConfigError, ScheduleError, UsageError
 from sparsetwin.methods import Method
 
 L = pytest.importorskip("lightning", reason="the adapter of Lightning needs it")
@@ -209,6 +209,11 @@ def test_what_would_mix_the_halves_is_refused_by_name(tokens: Tensor, tmp_path: 
         run = trainer(callback(tmp_path), *extra, enable_checkpointing=bool(extra))
         with pytest.raises(UsageError, match=message):
             run.fit(module, make_loader(tokens))
+
+
+def test_a_method_that_learns_parameters_is_refused_with_what_to_use_instead(tokens: Tensor, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"STR learns parameters.*`sparsetwin train`.*loop of your own"):
+        trainer(callback(tmp_path, st.STR)).fit(Module(), make_loader(tokens))
 
 
 def test_a_phase_that_is_cut_short_is_saved_as_it_is(tokens: Tensor, tmp_path: Path):

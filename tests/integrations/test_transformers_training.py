@@ -8,7 +8,7 @@ import torch
 from hf_runs import LENGTHS, STEPS, Case, bert, callback, gpt2, trainer, transformers, vit
 
 import sparsetwin as st
-from sparsetwin.errors import ScheduleError, UsageError
+from sparsetwin.errors import ConfigError, ScheduleError, UsageError
 from sparsetwin.integrations.transformers import SparsifierCallback, default_targets
 from sparsetwin.methods import Method
 
@@ -230,6 +230,13 @@ def test_a_schedule_of_another_length_than_the_run_is_refused(tokens: torch.Tens
     run = trainer(gpt2(tokens), tmp_path, callbacks=[SparsifierCallback(lambda total, epoch: LENGTHS(20, 5))])
     with pytest.raises(ScheduleError, match="has 20 steps, the trainer will do 18"):
         run.train()
+
+
+def test_a_method_that_learns_parameters_is_refused_with_what_to_use_instead(tmp_path: Path):
+    run = trainer(gpt2(torch.randint(256, (20_000,))), tmp_path, callbacks=[callback(method=st.STR)])
+    with pytest.raises(ConfigError, match=r"STR learns parameters.*`sparsetwin train`.*loop of your own"):
+        run.train()
+    assert len(run.optimizer.param_groups) == 2  # the Trainer's own: with weight decay and without
 
 
 def test_there_is_no_sparsifier_before_training():

@@ -1,5 +1,6 @@
 """STR: worked by hand, its gradients checked, and against a plain loop that autograd differentiates."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -219,6 +220,69 @@ def test_thresholds_rise_and_the_network_learns():
         sparsities.append(sparsifier.sparsity())
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
     assert sparsities[0] < 0.2 < 0.5 < sparsities[-1] < 1
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9),
+    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9),
+}
+
+
+@pytest.mark.parametrize("make_scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_scheduler_made_before_the_sparsifier_is_refused_and_one_made_after_it_drives_the_thresholds(make_scheduler):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    make_scheduler(optimizer)
+    with pytest.raises(ConfigError, match="make the scheduler after the Sparsifier"):
+        st.Sparsifier(st.STR(schedule=sparse(9)), model, optimizer)
+    assert len(optimizer.param_groups) == 1
+    st.Sparsifier(st.ST3(schedule=sparse(9)), model, optimizer)  # learns nothing, and the optimizer is as it was
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = st.Sparsifier(st.STR(schedule=sparse(9)), model, optimizer)
+    scheduler = make_scheduler(optimizer)
+    rates = set()
+    for step in range(9):
+        train_a_step(model, optimizer, sparsifier, step=step)
+        first, second = scheduler.get_last_lr()
+        assert first == second
+        rates.add(first)
+        if step < 8:
+            scheduler.step()
+    assert len(rates) > 4
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_with_a_scheduler_resumes_with_the_same_bits(steps):
+    def begin():
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        sparsifier = st.Sparsifier(st.STR(schedule=sparse(9), initial=-3.0), model, optimizer)
+        return model, optimizer, sparsifier, SCHEDULERS["LambdaLR"](optimizer)
+
+    def train(parts, start, stop):
+        for step in range(start, stop):
+            train_a_step(*parts[:3], step=step)
+            parts[3].step()
+
+    whole, resumed = begin(), begin()
+    train(whole, 0, steps)
+    saved = copy.deepcopy([part.state_dict() for part in (whole[0], whole[1], whole[3], whole[2])])
+    for part, state in zip((resumed[0], resumed[1], resumed[3], resumed[2]), saved, strict=True):
+        part.load_state_dict(state)
+    train(whole, steps, 9)
+    train(resumed, steps, 9)
+    assert numbers(whole[2]) == numbers(resumed[2])
+    for expected, found in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def train_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: st.Sparsifier, *, step: int) -> None:
+    inputs, labels = batch(step)
+    sparsifier.begin_step()
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsetwin.errors import ScheduleError
+from sparsetwin.integrations._served import refuse_unserved
 from sparsetwin.methods import Method
 from sparsetwin.schedules import Schedule, alternating, in_steps
 
@@ -77,6 +78,7 @@ def build_method(method: MethodFactory, schedule: ScheduleFactory, *, total_step
 
     Raises:
         ScheduleError: If the schedule is shorter or longer than the run.
+        ConfigError: If the method cannot be used with a trainer that makes optimizers and schedulers by itself.
     """
     made = schedule(total_steps, steps_per_epoch)
     if made.total_steps != total_steps:
@@ -84,4 +86,6 @@ def build_method(method: MethodFactory, schedule: ScheduleFactory, *, total_step
             f"the schedule has {made.total_steps} steps, the trainer will do {total_steps} (epochs of "
             f"{steps_per_epoch}); make it from the total_steps that it is called with, or change the trainer's"
         )
-    return method(schedule=made)
+    built = method(schedule=made)
+    refuse_unserved(built)
+    return built

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sparsetwin.errors import UsageError
+from sparsetwin.errors import ConfigError, UsageError
 from sparsetwin.masking import Masks
 from sparsetwin.methods import Method, SparseState
 from sparsetwin.optimizer_state import ResetScope, restore_initial_state_, restore_where_
@@ -45,10 +45,22 @@ def check_method(method: Method, state: SparseState, optimizers: Sequence[Optimi
 
 @torch.no_grad()
 def begin_learning(method: Method, state: SparseState, optimizer: Optimizer) -> None:
-    """Give what the method learns beside the weights to an optimizer, in a group of its own."""
+    """Give what the method learns beside the weights to an optimizer, in a group of its own.
+
+    Raises:
+        ConfigError: If a learning-rate scheduler has the optimizer already: it would fail over the new group, or leave
+            it alone.
+    """
     state.learned = {name: nn.Parameter(value) for name, value in method.learned(state).items()}
-    if state.learned:
-        optimizer.add_param_group({"params": list(state.learned.values()), **method.learned_group()})
+    if not state.learned:
+        return
+    if any("initial_lr" in group for group in optimizer.param_groups):  # where schedulers note it
+        raise ConfigError(
+            f"{type(method).__name__} learns parameters of its own, in a new group of {type(optimizer).__name__}, "
+            "which has a learning rate scheduler already; make the scheduler after the Sparsifier (after a training "
+            "that is over, make a new optimizer first)"
+        )
+    optimizer.add_param_group({"params": list(state.learned.values()), **method.learned_group()})
 
 
 def reset_optimizers(

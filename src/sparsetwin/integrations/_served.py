@@ -1,0 +1,22 @@
+"""Which methods a trainer can run that makes optimizers and learning-rate schedulers by itself."""
+
+from sparsetwin.errors import ConfigError
+from sparsetwin.methods import Method
+
+
+def refuse_unserved(method: Method) -> None:
+    """Refuse, before training, a method that such a trainer would train wrongly.
+
+    Args:
+        method: Of the run.
+
+    Raises:
+        ConfigError: Saying where the method can be used instead.
+    """
+    name = type(method).__name__
+    if type(method).learned is not Method.learned:
+        raise ConfigError(
+            f"{name} learns parameters of its own, in a new group of the optimizer, for which this trainer's learning "
+            "rate scheduler and checkpoints are not made; use `sparsetwin train`, or a loop of your own that makes the "
+            "scheduler after the Sparsifier"
+        )
