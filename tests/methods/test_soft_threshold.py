@@ -252,6 +252,25 @@ def test_a_scheduler_made_before_the_sparsifier_is_refused_and_one_made_after_it
     assert len(rates) > 4
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_as_the_last_optimizer_is_refused_and_as_the_first_leaves_the_thresholds_to_the_last():
+    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
+    matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == wanted] for wanted in (True, False))
+    muon, adamw = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.1)
+    method = st.STR(schedule=sparse(3), initial=-3.0)
+    with pytest.raises(ConfigError, match="give the Sparsifier one that does, such as AdamW, last"):
+        st.Sparsifier(method, model, [adamw, muon])
+    assert [len(optimizer.param_groups) for optimizer in (muon, adamw)] == [1, 1]
+    sparsifier = st.Sparsifier(method, model, [muon, adamw])
+    for _ in range(3):
+        sparsifier.begin_step()
+        model(torch.randn(8, 20)).square().sum().backward()
+        muon.step()
+        adamw.step()
+        model.zero_grad()
+    assert all(abs(s + 3) > 0.05 for s in numbers(sparsifier).values())
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_run_with_a_scheduler_resumes_with_the_same_bits(steps):
     def begin():

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from trials import BATCH, acdc, digits, network, session, settings, train, weights
 
+from sparsetwin import schedules
 from sparsetwin.errors import ConfigError
+from sparsetwin.methods import STR
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, Session
 
 DENSE_THEN_SPARSE = ((6, 0.0), (66, 0.9))
@@ -166,10 +168,28 @@ class TestOptimizers:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         given = OptimizerSettings(name="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.01)
         trained = session(acdc((30, 0.0), (15, 0.5), (15, 0.0), (40, 0.5)), settings(optimizer=given), model=model)
-        assert [type(optimizer).__name__ for optimizer in trained.optimizers] == ["AdamW", "Muon"]
+        assert [type(optimizer).__name__ for optimizer in trained.optimizers] == ["Muon", "AdamW"]
         losses = train(trained, steps=100)
         assert_exactly_sparse(trained, sparsity=0.5)
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+    def test_thresholds_that_are_learned_beside_muon_are_updated_by_adamw(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        given = OptimizerSettings(name="muon", lr=1e-2, muon_lr=0.02, weight_decay=0.1)
+        method = STR(schedule=schedules.constant(sparsity=0.5, total_steps=100), initial=-5.0)
+        trained = session(method, settings(optimizer=given), model=model)
+        losses = train(trained, steps=100)
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+        learned = trained.sparsifier.state_dict()["learned"]
+        assert learned.keys() == {"1.weight", "3.weight"}
+        assert all(abs(float(value) + 5) > 0.05 for value in learned.values())
+        assert 0.01 < trained.sparsifier.sparsity() < 1
+
+    def test_learned_thresholds_without_an_optimizer_that_takes_them_are_refused(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+        method = STR(schedule=schedules.constant(sparsity=0.5, total_steps=10))
+        with pytest.raises(ConfigError, match=r"STR learns parameters that are no matrices.*Muon"):
+            session(method, settings(optimizer=OptimizerSettings(name="muon")), model=model)
 
     def test_muon_without_a_matrix_is_refused(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())

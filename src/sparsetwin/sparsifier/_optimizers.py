@@ -48,19 +48,29 @@ def begin_learning(method: Method, state: SparseState, optimizer: Optimizer) -> 
     """Give what the method learns beside the weights to an optimizer, in a group of its own.
 
     Raises:
-        ConfigError: If a learning-rate scheduler has the optimizer already: it would fail over the new group, or leave
-            it alone.
+        ConfigError: If the optimizer has a learning-rate scheduler already, or takes matrices only.
     """
     state.learned = {name: nn.Parameter(value) for name, value in method.learned(state).items()}
-    if not state.learned:
-        return
+    if state.learned:
+        _refuse_to_learn_by(optimizer, type(method).__name__, state.learned)
+        optimizer.add_param_group({"params": list(state.learned.values()), **method.learned_group()})
+
+
+def _refuse_to_learn_by(optimizer: Optimizer, who: str, learned: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that would fail over a new group, or whose scheduler would fail or leave it alone."""
+    kind = type(optimizer).__name__
     if any("initial_lr" in group for group in optimizer.param_groups):  # where schedulers note it
         raise ConfigError(
-            f"{type(method).__name__} learns parameters of its own, in a new group of {type(optimizer).__name__}, "
-            "which has a learning rate scheduler already; make the scheduler after the Sparsifier (after a training "
-            "that is over, make a new optimizer first)"
+            f"{who} learns parameters of its own, in a new group of {kind}, which has a learning rate scheduler "
+            "already; make the scheduler after the Sparsifier (if the scheduler is of a training that is over, make a "
+            "new optimizer first)"
         )
-    optimizer.add_param_group({"params": list(state.learned.values()), **method.learned_group()})
+    takes_matrices_only = any(base.__name__ == "Muon" for base in type(optimizer).__mro__)
+    if takes_matrices_only and any(value.ndim != 2 for value in learned.values()):
+        raise ConfigError(
+            f"{who} learns parameters that are no matrices, which {kind}, the last optimizer, does not take; give the "
+            "Sparsifier one that does, such as AdamW, last, or do without Muon"
+        )
 
 
 def reset_optimizers(

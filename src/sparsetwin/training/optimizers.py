@@ -8,7 +8,9 @@ from sparsetwin.training.settings import OptimizerSettings
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Optimizer]:
-    """Return the optimizers of a model: one, or for ``muon`` two (AdamW for what Muon does not take, then Muon).
+    """Return the optimizers of a model: one, or for ``muon`` two (Muon, then AdamW for what Muon does not take).
+
+    AdamW is the last one, which takes what a method learns beside the weights.
 
     Raises:
         ConfigError: If torch has no such optimizer, it refuses a setting, or the model has no matrix for Muon.
@@ -56,4 +58,4 @@ def _muon_and_adamw(model: nn.Module, settings: OptimizerSettings) -> list[Optim
     if not rest:
         return [muon]
     adamw = optim.AdamW(rest, settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
-    return [adamw, muon]
+    return [muon, adamw]
