@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from sparsetwin.errors import ScheduleError
+from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.integrations.lengths import PhaseLengths, build_method
-from sparsetwin.methods import ACDC
-from sparsetwin.schedules import Schedule, constant
+from sparsetwin.methods import ACDC, IMP
+from sparsetwin.schedules import Schedule, constant, rounds
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,17 @@ def test_a_method_gets_the_schedule_of_the_run_and_no_other():
     assert made == ACDC(schedule=schedule(30, 10))
     with pytest.raises(ScheduleError, match="has 20 steps, the trainer will do 30"):
         build_method(ACDC, lambda *_: schedule(20, 10), total_steps=30, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize("rewind", ["weights", "learning-rate"])
+def test_a_method_that_goes_back_in_the_learning_rate_schedule_is_refused_with_what_to_use_instead(rewind):
+    def in_rounds(total_steps: int, steps_per_epoch: int) -> Schedule:
+        return rounds(sparsity=0.9, count=2, round_steps=total_steps // 3, rewind_step=0)
+
+    with pytest.raises(
+        ConfigError, match=r"IMP goes back .* schedule of 10 steps, .* 30 .*`sparsetwin train`.*loop of your own"
+    ):
+        build_method(partial(IMP, rewind=rewind), in_rounds, total_steps=30, steps_per_epoch=10)
 
 
 def test_importing_sparsetwin_imports_no_trainer():

@@ -20,3 +20,10 @@ def refuse_unserved(method: Method) -> None:
             "rate scheduler and checkpoints are not made; use `sparsetwin train`, or a loop of your own that makes the "
             "scheduler after the Sparsifier"
         )
+    rate_steps, total_steps = method.learning_rate_steps, method.schedule.total_steps
+    if rate_steps != total_steps:
+        raise ConfigError(
+            f"{name} goes back in a learning rate schedule of {rate_steps} steps, but this trainer's own runs once "
+            f"through all {total_steps} steps; use `sparsetwin train`, or a loop of your own that sets the learning "
+            "rate by method.learning_rate_step(step)"
+        )
