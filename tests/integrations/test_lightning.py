@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,13 @@ class Manual(Module):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.before_clipping: Callable[[], None] = lambda: None
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, index))
+        self.before_clipping()
         self.clip_gradients(optimizer, gradient_clip_val=MAX_NORM, gradient_clip_algorithm="norm")
         optimizer.step()
 
@@ -109,6 +112,19 @@ def test_every_kind_of_gradient_mask_has_the_bits_of_the_plain_loop(
     module = make()
     run = trainer(callback(tmp_path, method), gradient_clip_val=None if make is Manual else MAX_NORM)
     run.fit(module, make_loader(tokens))
+    model, _ = train_plainly(tokens, max_norm=MAX_NORM, method=method)
+    assert same_state(module.net, model)
+
+
+@pytest.mark.parametrize("make", [Module, Manual])
+def test_a_method_chooses_by_the_gradients_before_they_are_clipped_as_in_the_plain_loop(
+    make: Callable[[], Module], tokens: Tensor, tmp_path: Path
+):
+    method = partial(st.ACDC, score="sensitivity")
+    module, sparse = make(), callback(tmp_path, method)
+    if isinstance(module, Manual):
+        module.before_clipping = lambda: sparse.sparsifier.mask_gradients()
+    trainer(sparse, gradient_clip_val=None if make is Manual else MAX_NORM).fit(module, make_loader(tokens))
     model, _ = train_plainly(tokens, max_norm=MAX_NORM, method=method)
     assert same_state(module.net, model)
 

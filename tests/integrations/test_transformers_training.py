@@ -103,6 +103,46 @@ def test_methods_that_update_more_than_they_compute_with_get_those_gradients(
     assert seen == [True] * 24  # two weights, twelve sparse steps
 
 
+class Choosing(transformers.TrainerCallback):
+    """Notes the masks after each step, and before each update that chooses weights the norm of all gradients."""
+
+    def __init__(self, watched: SparsifierCallback) -> None:
+        self.watched = watched
+        self.norms: list[float] = []
+        self.masks: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.watched.sparsifier.awaits_gradients:
+            gradients = [p.grad.norm() for p in given["model"].parameters() if p.grad is not None]
+            self.norms.append(float(torch.stack(gradients).norm()))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.masks.append(dict(self.watched.sparsifier.masks))
+
+
+@pytest.mark.parametrize(("method", "choices"), [(st.RigL, 2), (st.SNIP, 1)])
+def test_weights_are_chosen_by_clipped_gradients_which_choose_as_unclipped_ones_do(
+    method: Callable[..., Method], choices: int, tmp_path: Path
+):
+    made = gpt2(torch.randint(256, (20_000,)))
+    found = []
+    for max_norm in (0.0, 1e-3):  # 0: the Trainer does not clip
+        sparse = SparsifierCallback(
+            lambda total, epoch: st.schedules.periodic(sparsity=0.8, total_steps=total, every_steps=6), method=method
+        )
+        choosing = Choosing(sparse)
+        run = trainer(made, tmp_path, callbacks=[sparse, choosing], max_grad_norm=max_norm, learning_rate=0.0)
+        run.train()  # at learning rate 0, so that both runs choose by gradients at the same weights
+        found.append(choosing)
+    unclipped, clipped = found
+    assert len(unclipped.norms) == choices
+    assert min(unclipped.norms) > 0.1
+    assert clipped.norms == pytest.approx([1e-3] * choices, rel=1e-2)
+    for expected, masks in zip(unclipped.masks, clipped.masks, strict=True):
+        assert masks.keys() == expected.keys() != set()
+        assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+
+
 def test_accumulated_micro_batches_are_one_step(tokens: torch.Tensor, tmp_path: Path):
     sparse = callback()
     watch = Watch(sparse)
