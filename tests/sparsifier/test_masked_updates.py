@@ -259,3 +259,27 @@ def test_an_optimizer_that_calls_the_step_of_its_base_class_counts_once():
         run.step()
         assert run.sparsifier.steps == step + 1
         assert_pruned_are_exact_zeros(run)
+
+
+@pytest.mark.parametrize("method", [acdc, st.GMP], ids=["acdc", "gmp"])
+def test_every_optimizer_gets_masked_gradients_where_each_has_a_backward_of_its_own(method):
+    """As generator and discriminator have it: the second one's gradients do not exist when the first one steps."""
+
+    def two(model):
+        return [ADAM(model[:4].parameters(), lr=0.01), ADAM(model[4:].parameters(), lr=0.01)]
+
+    run = Run.new(method(schedule=SPARSE_AT_ONCE), make_optimizers=two)
+    for step in range(3):
+        run.sparsifier.begin_step()
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(run.model(batch(step)[0]), batch(step)[1])
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            loss.backward(inputs=held)
+            optimizer.step()
+        assert_pruned_are_exact_zeros(run)
+    for name, mask in run.sparsifier.masks.items():
+        optimizer = run.optimizers[0 if name.startswith("0.") else 1]
+        moments = optimizer.state[run.weights[name]]["exp_avg"]
+        assert not moments[~mask].any(), name
+        assert moments[mask].any()

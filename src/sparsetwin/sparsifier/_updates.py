@@ -56,7 +56,7 @@ class Updates:
             self._held.mask_gradients(self._state.masks)  # it may read any gradient
             self._state.unscale_gradients = partial(unscale_, optimizer)
             self._method.before_update(self._state)
-        elif not self._reads_gradients:
+        else:  # gradients of a later optimizer may be newer than that
             self._held.mask_gradients(names)
         self._has_begun = True
         if self._method.ham is not None:
