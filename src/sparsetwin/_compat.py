@@ -1,6 +1,7 @@
 """The only file that knows wrappers' name prefixes and torch versions; with `_sharding`, what a DTensor is."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,20 @@ def total(count: Tensor) -> int:
     """Return a count as a number; of a DTensor the sum over all processes, each of which has to call this."""
     gather = getattr(count, "full_tensor", None)  # a DTensor's own item() is this process's part only
     return int(count if gather is None else gather())
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether every element is finite; of DTensors in all processes, each of which has to call this."""
+    found: dict[torch.device, list[Tensor]] = {}
+    sharded: list[Tensor] = []
+    for tensor in tensors:
+        if is_sharded(tensor):
+            sharded.append(tensor)
+        else:
+            found.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    counts = [total(tensor.isfinite().logical_not().sum()) for tensor in sharded]  # each process has part in each sum
+    return not any(counts) and all(bool(torch.stack(each).all()) for each in found.values())
 
 
 def is_capturing() -> bool:

@@ -96,6 +96,34 @@ def accumulated(rank: int) -> list[str]:
     return found
 
 
+def overflowed(rank: int) -> list[str]:
+    """A growth step is tried with one process's part of a gradient infinite, then done as it was to be."""
+    warnings.simplefilter("ignore")
+    found, trial, plain = [], Trial("fsdp2", "rigl"), Trial("fsdp2", "rigl").course()
+    for step in range(STEPS):
+        trial.sparsifier.begin_step()
+        before = {name: whole(mask).clone() for name, mask in trial.sparsifier.masks.items()}
+        if trial.sparsifier.awaits_gradients:
+            backward(trial.model, step)
+            if rank == 1:
+                trial.model[0].weight.grad.to_local()[0, 0] = float("inf")
+            trial.sparsifier.mask_gradients()  # only then a GradScaler skips the update
+            after = {name: whole(mask) for name, mask in trial.sparsifier.masks.items()}
+            if not trial.sparsifier.awaits_gradients or different([*after.values()], [*before.values()]):
+                found.append(f"a phase began at step {step} by gradients that are not finite")
+            trial.optimizer.zero_grad()
+            trial.sparsifier.begin_step()
+        backward(trial.model, step)
+        trial.sparsifier.mask_gradients()
+        if different(trial.update(), plain[step]):
+            found.append(f"step {step}")
+    return found
+
+
+def test_all_processes_put_a_choice_off_if_the_part_of_one_is_not_finite(tmp_path):
+    assert run(overflowed, 2, tmp_path) == [[], []]
+
+
 def differences(rank: int) -> list[str]:
     warnings.simplefilter("ignore")
     found = accumulated(rank)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsetwin._compat import local, total
+from sparsetwin._compat import are_finite, local
 from sparsetwin.distributions import check_budgets
 from sparsetwin.errors import ConfigError, ScheduleError, UsageError
 from sparsetwin.masking import Masks, apply_masks_
@@ -145,7 +145,7 @@ class CrAM(RankingMethod):
         loss = closure()
         with torch.no_grad():
             first = {name: gradient.clone() for name, gradient in _gradients(state).items()}
-            if state.gradient_scale is not None and not _are_finite(first):
+            if state.gradient_scale is not None and not are_finite(first.values()):
                 return loss  # it overflowed, and the scaler will skip the update
             masks = self._pass_again(closure, state, first)
             self._combine(state, first, masks)
@@ -204,10 +204,6 @@ def _are_sparsities(given: object) -> bool:
 def _gradients(state: SparseState) -> Gradients:
     """Return the gradients of all trained parameters that have one."""
     return {name: p.grad for name, p in state.parameters.items() if p.grad is not None}
-
-
-def _are_finite(tensors: Gradients) -> bool:
-    return not any(total(tensor.isfinite().logical_not().sum()) for tensor in tensors.values())
 
 
 def _refuse_gradients(state: SparseState) -> None:

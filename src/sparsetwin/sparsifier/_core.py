@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsetwin._compat import is_capturing, named_tensors
+from sparsetwin._compat import are_finite, is_capturing, named_tensors
 from sparsetwin.errors import SparsityWarning, TargetError, UsageError
 from sparsetwin.masking import Masks, count_kept
 from sparsetwin.methods import Int8, Method, SparseState
@@ -16,7 +16,7 @@ from sparsetwin.metrics import LayerSparsity, sparsity_table
 from sparsetwin.schedules import Phase
 from sparsetwin.sparsifier._agreement import Agreement, Together
 from sparsetwin.sparsifier._hooks import StepHooks, changes_nothing, refuse_unsupported
-from sparsetwin.sparsifier._masks import are_finite, check_masks, warn_of_thin_layers
+from sparsetwin.sparsifier._masks import check_masks, warn_of_thin_layers
 from sparsetwin.sparsifier._optimizers import begin_learning, check_method, reset_optimizers
 from sparsetwin.sparsifier._sampling import GradientPass, sampled_passes
 from sparsetwin.sparsifier._state import dump_state, read_state

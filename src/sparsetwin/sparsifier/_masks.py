@@ -1,7 +1,7 @@
 """The masks in force: checked once when a phase begins, applied fast at every step."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -93,8 +93,3 @@ def returned_weights(old: Tensor, new: Tensor | None) -> Tensor:
         new: Bool mask of the same shape, or None in a dense phase.
     """
     return ~old if new is None else new & ~old
-
-
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether every element of every tensor is finite."""
-    return all(bool(local(tensor).isfinite().all()) for tensor in tensors)
