@@ -117,7 +117,28 @@ def overflowed(rank: int) -> list[str]:
         trial.sparsifier.mask_gradients()
         if different(trial.update(), plain[step]):
             found.append(f"step {step}")
-    return found
+    return found + overflowed_in_the_second(rank)
+
+
+def overflowed_in_the_second(rank: int) -> list[str]:
+    """Of two optimizers the second one's gradient is infinite in one process's part, so a GradScaler would skip it."""
+    trial = Trial("fsdp2", "rigl")
+    trial.sparsifier.detach()
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1, momentum=0.9) for part in (trial.model[:2], trial.model[2:])]
+    sparsifier = st.Sparsifier(METHODS["rigl"], trial.model, optimizers)
+    while not sparsifier.awaits_gradients:
+        sparsifier.begin_step()
+        backward(trial.model, sparsifier.steps)
+        for optimizer in optimizers if not sparsifier.awaits_gradients else ():
+            optimizer.step()
+            optimizer.zero_grad()
+    before = [whole(tensor).clone() for tensor in (*trial.model.parameters(), *sparsifier.masks.values())]
+    if rank == 1:
+        trial.model[4].weight.grad.to_local()[0, 0] = float("inf")
+    optimizers[0].step()
+    after = [whole(tensor) for tensor in (*trial.model.parameters(), *sparsifier.masks.values())]
+    waits = sparsifier.awaits_gradients and not different(after, before)
+    return [] if waits else ["a phase began by gradients of a second optimizer that are not finite"]
 
 
 def test_all_processes_put_a_choice_off_if_the_part_of_one_is_not_finite(tmp_path):

@@ -6,6 +6,7 @@ from small_runs import Run, acdc, assert_pruned_are_exact_zeros, assert_same_bit
 from torch import nn
 
 import sparsetwin as st
+from sparsetwin.errors import SelectionError
 
 SCHEDULE = st.schedules.phases([(2, 0.0), (2, 0.8), (2, 0.0), (2, 0.8)])
 OPTIMIZERS = {
@@ -115,3 +116,92 @@ def test_of_several_optimizers_the_last_one_is_counted_when_steps_are_skipped(fu
             optimizer.zero_grad()
         assert run.sparsifier.steps == counted
         assert_pruned_are_exact_zeros(run)
+
+
+PERIODIC = st.schedules.periodic(sparsity=0.8, total_steps=8, every_steps=2)
+CHOOSING = {  # each has a phase that is entered between the backward and the update of step 0, 2 or 4
+    "snip": st.SNIP(schedule=st.schedules.constant(sparsity=0.8, total_steps=8)),
+    "rigl": st.RigL(schedule=PERIODIC),
+    "granet": st.GraNet(schedule=st.schedules.phases([(2, 0.0), (2, 0.5), (4, 0.8)])),
+    "acdc": acdc(SCHEDULE, score="sensitivity"),
+}
+
+
+class ScaledTwo:
+    """A run with two optimizers and a GradScaler, in whose order each is unscaled before the first one steps."""
+
+    def __init__(self, method, *, kind=torch.optim.SGD, fused=False):
+        options = {"lr": 0.05, "fused": fused}
+        self.run = Run.new(
+            method,
+            make_optimizers=lambda m: [kind(m[:4].parameters(), **options), kind(m[4:].parameters(), **options)],
+        )
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6)
+
+    def attempt(self, *, overflowing: str | None = None, masks: bool = False) -> None:
+        run = self.run
+        run.sparsifier.begin_step()
+        inputs, labels = batch(run.sparsifier.steps)
+        self.scaler.scale(nn.functional.cross_entropy(run.model(inputs), labels)).backward()
+        if overflowing:
+            run.weights[overflowing].grad.view(-1)[:2] = torch.tensor([float("inf"), float("nan")])
+        for optimizer in run.optimizers:
+            self.scaler.unscale_(optimizer)
+        if masks:
+            run.sparsifier.mask_gradients()
+        for optimizer in run.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflowing", ["0.weight", "6.weight"])  # of the first optimizer, and of the last one
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_choice_by_gradients_waits_until_those_of_all_optimizers_are_finite(name, overflowing, fused, masks):
+    scaled, plain = (ScaledTwo(CHOOSING[name], kind=torch.optim.Adam, fused=fused) for _ in range(2))
+    sparsifier, waited = scaled.run.sparsifier, 0
+    for step in range(8):
+        sparsifier.begin_step()
+        if sparsifier.awaits_gradients:
+            before, phase = bits(scaled.run), sparsifier.phase
+            scaled.attempt(overflowing=overflowing, masks=masks)
+            before = {n: tensor for n, tensor in before.items() if not n.startswith("model.1.")}  # batch norm counts
+            after = bits(scaled.run)
+            assert_same_bits({n: after[n] for n in before}, before, context=f"after step {step}")
+            assert (sparsifier.steps, sparsifier.phase, sparsifier.awaits_gradients) == (step, phase, True)
+            waited += 1
+        scaled.attempt(masks=masks)
+        plain.attempt(masks=masks)
+        assert sparsifier.steps == step + 1
+        for target, mask in plain.run.sparsifier.masks.items():
+            assert torch.equal(sparsifier.masks[target], mask), f"step {step}"
+        for target, weight in plain.run.weights.items():
+            assert torch.equal(scaled.run.weights[target], weight), f"step {step}"
+    assert waited
+
+
+@pytest.mark.parametrize("score", ["movement", "fisher"])
+@pytest.mark.parametrize("overflowing", ["0.weight", "6.weight"])
+def test_what_a_score_remembers_takes_in_no_gradient_of_a_skipped_update(overflowing, score):
+    scaled = ScaledTwo(acdc(SCHEDULE, score=score, minimum_kept=8))
+    scaled.attempt(overflowing=overflowing)  # as the first step of all, too: there is a memory, though nothing in it
+    memory = {name: memory.clone() for name, memory in scaled.run.sparsifier.state_dict()["buffers"][score].items()}
+    assert not any(bool(tensor.any()) for tensor in memory.values())
+    while scaled.run.sparsifier.steps < 7:  # the scaler lets the last optimizer update if the first one overflows
+        scaled.attempt(overflowing=overflowing)
+        scaled.attempt()
+        remembered = scaled.run.sparsifier.state_dict()["buffers"].get(score, {})
+        assert all(bool(tensor.isfinite().all()) for tensor in remembered.values())
+        assert_pruned_are_exact_zeros(scaled.run)
+
+
+@pytest.mark.parametrize("wrong", ["0.weight", "6.weight"])
+def test_gradients_that_are_not_finite_without_a_scaler_are_an_error_that_names_the_target(wrong):
+    run = ScaledTwo(CHOOSING["snip"]).run
+    run.backward()
+    run.weights[wrong].grad.view(-1)[0] = float("nan")
+    with pytest.raises(SelectionError, match=f"1 of the .* scores of {wrong} are NaN"):
+        [optimizer.step() for optimizer in run.optimizers]

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from trials import BATCH, acdc, digits, network, session, settings, train, weights
 
-from sparsetwin import schedules
+from sparsetwin import ACDC, SNIP, schedules
 from sparsetwin.errors import ConfigError
-from sparsetwin.methods import STR
+from sparsetwin.methods import STR, Method
+from sparsetwin.schedules import phases
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, Session
 
 DENSE_THEN_SPARSE = ((6, 0.0), (66, 0.9))
@@ -242,3 +243,24 @@ def test_a_value_that_is_not_finite_is_found_by_name() -> None:
 
 def test_the_batches_of_these_tests_are_full() -> None:
     assert all(len(labels) == BATCH for _, labels in digits().train.epoch(0))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["snip", "acdc"])
+def test_gradients_of_several_optimizers_are_unscaled_before_weights_are_ranked(name: str, clip_norm: float) -> None:
+    """Muon's matrix is in the second optimizer, and the scale of 65,536 would put all its weights first."""
+    muon = OptimizerSettings(name="muon", lr=0.01, weight_decay=0.0)
+    inputs, labels = next(iter(digits().train.epoch(0)))
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for precision in ("fp32", "fp16"):
+        if name == "snip":
+            method: Method = SNIP(schedule=phases([(10, 0.9)]))
+        else:
+            method = ACDC(schedule=phases([(1, 0.0), (9, 0.9)]), score="fisher")
+        trained = session(method, settings(optimizer=muon, precision=precision, clip_norm=clip_norm))
+        while trained.steps < 1 or not trained.sparsifier.masks:  # a step that overflows is done again
+            trained.step(inputs, labels)
+        kept[precision] = dict(trained.sparsifier.masks)
+    for target, mask in kept["fp32"].items():
+        assert mask.sum() > 20
+        assert (mask & kept["fp16"][target]).sum() > 0.9 * mask.sum(), target

@@ -88,9 +88,11 @@ class RankingMethod(Method):
         remember_ = score_named(self.score).remember_
         if remember_ is None:
             return
+        self._make_memory(state)
+        if state.others_overflowed():
+            return
         state.unscale_gradients()
         gradients = state.gradients
-        self._make_memory(state)
         for name, memory in state.buffers[self.score].items():
             if name in gradients:
                 remember_(memory, state.weights[name], gradients[name])

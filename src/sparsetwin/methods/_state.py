@@ -19,6 +19,10 @@ def _nothing() -> None:
     pass
 
 
+def _no() -> bool:
+    return False
+
+
 @dataclass(kw_only=True)
 class SparseState:
     """What a method may read and remember. Its tensors are the live ones: change a weight only where a rule says so."""
@@ -35,6 +39,8 @@ class SparseState:
     gradient_passes: Callable[[int], Iterator[None]] | None = None  # see `sample_gradients`
     unscale_gradients: Callable[[], None] = _nothing  # for `before_update`, before it adds anything to gradients: a
     # GradScaler leaves those of a fused optimizer scaled until its update
+    others_overflowed: Callable[[], bool] = _no  # for `before_update`, before it remembers gradients: whether those of
+    # another optimizer are not finite, so that a GradScaler skips its update; it waits for the device
     gradient_scale: float | None = None  # in `Method.backward`: by what a GradScaler multiplies gradients, if one does
 
     @property

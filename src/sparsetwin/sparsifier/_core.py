@@ -373,6 +373,8 @@ class Sparsifier:
         if skips:
             return
         if self._pending is not None:
+            if self._updates.put_off(optimizer, self._owned[optimizer]):
+                return
             self._enter(self._pending)
         self._updates.before(optimizer, self._owned[optimizer])
 
@@ -380,7 +382,7 @@ class Sparsifier:
     def _after_update(self, optimizer: Optimizer, skips: bool) -> None:
         if self._is_loading:
             return
-        counts = not skips and (self._begun == self._state.steps or is_capturing())
+        counts = not (skips or self._updates.is_put_off) and (self._begun == self._state.steps or is_capturing())
         completes = counts and optimizer is self._hooks.optimizers[-1]
         self._updates.after(optimizer, self._owned[optimizer], counts=counts, completes=completes)
         if completes:

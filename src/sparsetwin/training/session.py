@@ -182,9 +182,10 @@ class Session:
         return nullcontext() if is_last else without_averaging(self._wrapped)
 
     def _update(self) -> None:
-        if self.settings.train.clip_norm:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+        clips = bool(self.settings.train.clip_norm)
+        for optimizer in self.optimizers if clips or len(self.optimizers) > 1 else ():
+            self.scaler.unscale_(optimizer)  # before the first of several steps: methods read the gradients of all then
+        if clips:
             self.sparsifier.mask_gradients()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.clip_norm)
         before = self.steps
