@@ -223,6 +223,33 @@ def check_budgets(budgets: tuple[Budget, ...], sizes: Mapping[str, int], *, mini
             raise SelectionError(f"cannot keep {budget.kept} of {total} weights; a sparsity is at least 0")
 
 
+def limited(budgets: tuple[Budget, ...], available: Mapping[str, int]) -> tuple[Budget, ...]:
+    """Return budgets that ask for no more than there is; what one cannot have goes to those with the most room.
+
+    Rounded counts of layers that are pruned step by step can rise by a weight from one sparsity to a higher one, though
+    their sum falls.
+
+    >>> limited((Budget(("a",), 4), Budget(("b",), 2), Budget(("c",), 5)), {"a": 3, "b": 4, "c": 6})
+    (Budget(names=('a',), kept=3), Budget(names=('b',), kept=3), Budget(names=('c',), kept=5))
+
+    Args:
+        budgets: What a distribution returned.
+        available: Canonical name -> weights that may be kept.
+
+    Returns:
+        Budgets of the same layers and the same sum; where there is less in all than they ask for, of all there is.
+    """
+    most = [sum(available[name] for name in budget.names) for budget in budgets]
+    kept = [min(budget.kept, limit) for budget, limit in zip(budgets, most, strict=True)]
+    surplus = min(sum(budget.kept for budget in budgets), sum(most)) - sum(kept)
+    while surplus:
+        room = [limit - count for limit, count in zip(most, kept, strict=True)]
+        for place in sorted((i for i, free in enumerate(room) if free), key=lambda i: -room[i])[:surplus]:  # stable
+            kept[place] += 1
+            surplus -= 1
+    return tuple(Budget(budget.names, count) for budget, count in zip(budgets, kept, strict=True))
+
+
 def _sizes(shapes: Shapes) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in shapes.items()}
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsetwin.distributions import Distribution, Global, check_budgets
+from sparsetwin._compat import total
+from sparsetwin.distributions import Budget, Distribution, Global, check_budgets, limited
 from sparsetwin.errors import ConfigError
 from sparsetwin.grouped_selection import check_groups
 from sparsetwin.masking import Masks
@@ -119,10 +120,11 @@ class RankingMethod(Method):
             among: Masks of the weights that may be kept, at a sparsity that is not lower; None or empty means all.
         """
         among = among or {}
+        budgets = self.distribution.budgets(state.shapes, phase.sparsity)
         masks = select_masks(
             state.weights,
             _among(self._scores(state), among),
-            self.distribution.budgets(state.shapes, phase.sparsity),
+            budgets_among(budgets, among) if isinstance(self.pattern, Unstructured) else budgets,
             minimum_kept=self.minimum_kept,
             pattern=pattern_at(self.pattern, phase.sparsity),
         )
@@ -139,6 +141,18 @@ class RankingMethod(Method):
             return lambda name: random_scores(state.weights[name], seed=seeds[name])
         evidence = state.gradients if score.needs_gradients else state.buffers.get(self.score, {})
         return lambda name: score.of(state.weights[name], evidence.get(name))
+
+
+def budgets_among(budgets: tuple[Budget, ...], masks: Masks) -> tuple[Budget, ...]:
+    """Return budgets of which no layer's is more than its living weights, so that no pruned one has to fill it.
+
+    Args:
+        budgets: What a distribution returned for a sparsity that is not lower than the masks'.
+        masks: Of the weights that live; empty if all do.
+    """
+    if not masks or len(budgets) == 1:  # one count for all layers does not rise with the sparsity
+        return budgets
+    return limited(budgets, {name: total(mask.count_nonzero()) for name, mask in masks.items()})
 
 
 def _draw_seed(generator: torch.Generator) -> int:

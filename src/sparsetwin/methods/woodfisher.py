@@ -13,6 +13,7 @@ from sparsetwin.methods._base import Method
 from sparsetwin.methods._course import Course
 from sparsetwin.methods._inverse_fisher import InverseFisher, Repair
 from sparsetwin.methods._knob import Knob
+from sparsetwin.methods._ranking import budgets_among
 from sparsetwin.methods._state import SparseState
 from sparsetwin.methods.gmp import check_rising
 from sparsetwin.schedules import Phase
@@ -95,7 +96,7 @@ class WoodFisher(Method):
         masks = select_masks(
             state.weights,
             lambda name: _saliency(state, name, inverses[name]),
-            self.distribution.budgets(state.shapes, phase.sparsity),
+            budgets_among(self.distribution.budgets(state.shapes, phase.sparsity), state.masks),
             minimum_kept=self.minimum_kept,
         )
         for name, weight in state.weights.items():
