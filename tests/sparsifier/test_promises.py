@@ -252,6 +252,19 @@ class TestEveryMethod:
                 assert sum(int(mask.sum()) for mask in masks.values()) == row.kept(run.phase, row.sizes)
             assert_pruned_are_exact_zeros(run)
 
+    def test_a_loader_that_fills_existing_tensors_finds_every_one_that_was_saved(self, row):
+        def described(run):
+            state = run.sparsifier.state_dict()
+            tensors = {**state["buffers"], "masks": state["masks"], "learned": state.get("learned", {})}
+            return {(what, n): (t.shape, t.dtype) for what, of in tensors.items() for n, t in of.items()}
+
+        run = row.run()
+        for steps in range(1, run.sparsifier.method.schedule.total_steps + 1):
+            run.step()
+            fresh = row.run(seed=7)
+            fresh.sparsifier.prepare_load(steps)
+            assert described(fresh) == described(run), f"after {steps}"
+
     @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
     @pytest.mark.parametrize("wrapped_at", ["saving", "loading"])
     def test_names_may_differ_between_saving_and_loading(self, row, wrap, wrapped_at):

@@ -64,6 +64,10 @@ class RigL(DropAndGrowMethod):
         remember_explored(state, masks)
         return masks
 
+    def make_buffers(self, phase: Phase, state: SparseState) -> None:
+        """Make the memory of the weights that ever lived."""
+        remember_explored(state, state.masks)
+
     def _moved(self, state: SparseState) -> Masks:
         gradients = state.gradients
         return {

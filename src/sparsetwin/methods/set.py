@@ -56,6 +56,10 @@ class SET(DropAndGrowMethod):
         remember_explored(state, masks)
         return masks
 
+    def make_buffers(self, phase: Phase, state: SparseState) -> None:
+        """Make the memory of the weights that ever lived."""
+        remember_explored(state, state.masks)
+
     def _moved(self, state: SparseState) -> Masks:
         return {
             name: drop_and_grow(
