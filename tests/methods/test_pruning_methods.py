@@ -220,6 +220,16 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="the first phase cannot be sparse"):
             Line(st.GMP(schedule=phases([(2, 0.5)]), score="movement"), [1.0, 2.0])
 
+    @pytest.mark.parametrize("kind", [st.GMP, st.ACDC, st.OneShot, st.SNIP])
+    def test_a_target_without_a_gradient_where_gradients_rank(self, kind):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier = st.Sparsifier(kind(schedule=phases([(2, 0.5)]), score="sensitivity"), model, optimizer)
+        sparsifier.begin_step()
+        model[0](torch.ones(1, 2)).sum().backward()  # the second layer takes no part
+        with pytest.raises(ConfigError, match=r"1\.weight has no gradient to rank its weights by; exclude it"):
+            optimizer.step()
+
     def test_samples_without_a_gradient_pass(self):
         with pytest.raises(
             UsageError, match=r"SNIP samples gradients on entering Phase.*give the Sparsifier a gradient_"

@@ -1,6 +1,6 @@
 """What methods share that rank weights: a score, a distribution, a pattern."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +140,20 @@ class RankingMethod(Method):
             seeds = {name: _draw_seed(state.generator) for name in state.weights}
             return lambda name: random_scores(state.weights[name], seed=seeds[name])
         evidence = state.gradients if score.needs_gradients else state.buffers.get(self.score, {})
+        if score.needs_gradients:
+            check_gradients(evidence, state)
         return lambda name: score.of(state.weights[name], evidence.get(name))
+
+
+def check_gradients(gradients: Mapping[str, Tensor], state: SparseState) -> None:
+    """Refuse targets whose weights cannot be ranked by gradients.
+
+    Raises:
+        ConfigError: Naming the first target without a gradient.
+    """
+    missing = [name for name in state.weights if name not in gradients]
+    if missing:
+        raise ConfigError(f"{missing[0]} has no gradient to rank its weights by; exclude it from the targets")
 
 
 def budgets_among(budgets: tuple[Budget, ...], masks: Masks) -> tuple[Budget, ...]:

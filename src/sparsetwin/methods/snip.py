@@ -11,7 +11,7 @@ from sparsetwin.masking import Masks
 from sparsetwin.methods._base import Pass
 from sparsetwin.methods._course import Course
 from sparsetwin.methods._knob import Knob
-from sparsetwin.methods._ranking import RankingMethod
+from sparsetwin.methods._ranking import RankingMethod, check_gradients
 from sparsetwin.methods._state import SparseState
 from sparsetwin.schedules import Phase
 from sparsetwin.scores import sensitivity
@@ -74,9 +74,7 @@ class SNIP(RankingMethod):
         if state.masks:
             return state.masks
         gradients = self._mean_gradients(state) if self.samples else state.gradients
-        missing = [name for name in state.weights if name not in gradients]
-        if missing:
-            raise ConfigError(f"{missing[0]} has no gradient to rank its weights by; exclude it from the targets")
+        check_gradients(gradients, state)
         return select_masks(
             state.weights,
             lambda name: sensitivity(state.weights[name], gradients[name]),
