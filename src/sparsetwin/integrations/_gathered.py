@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsetwin._compat import canonical_name, is_sharded
 from sparsetwin.errors import UsageError
 from sparsetwin.masking import SparseView
-from sparsetwin.sparsifier import Sparsifier, WholeView, cut_like
+from sparsetwin.sparsifier import Sparsifier, WholeView
 
 
 class WholeState:
@@ -30,16 +30,8 @@ class WholeState:
         return {**state, "masks": _whole_tensors(state["masks"]), "buffers": buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state in every process; see `Sparsifier.load_state_dict`."""
-        tensors = {"masks": self._cut(state.get("masks", {}))}
-        if "buffers" in state:
-            tensors["buffers"] = {what: self._cut(found) for what, found in state["buffers"].items()}
-        self._sparsifier.load_state_dict({**state, **tensors} if "masks" in state else state)
-
-    def _cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Cut whole tensors as the weights are; what does not fit is left for the sparsifier to refuse."""
-        weights = self._sparsifier.weights
-        return {name: cut_like(weights[name], t) if name in weights else t for name, t in tensors.items()}
+        """Load the state in every process; `Sparsifier.load_state_dict` cuts it as the model is."""
+        self._sparsifier.load_state_dict(state)
 
 
 class WholeModel(nn.Module):

@@ -262,6 +262,8 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; load the model and the optimizer before. No phase callback is called.
 
+        Tensors may be whole where the model's are sharded (DTensor); each process takes its part.
+
         Raises:
             StateError: If it is of another method, schedule or model (the differing field is named), or the model's
                 pruned weights are not zero, which shows that the model was not loaded first. Nothing is changed then.

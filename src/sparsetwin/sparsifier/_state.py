@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetwin._compat import is_sharded, local
 from sparsetwin.errors import StateError
 from sparsetwin.masking import Masks, count_pruned_nonzero
 from sparsetwin.methods import STORED, Method, SparseState
@@ -74,6 +75,21 @@ def read_state(
     )
 
 
+def cut_like(weight: Tensor, whole: Tensor) -> Tensor:
+    """Return a whole tensor cut as a weight of its shape is; of a weight that is not sharded, the tensor itself.
+
+    Args:
+        weight: Gives device and sharding.
+        whole: The same in all processes; what is sharded already, or of another shape, is returned as it is.
+    """
+    if not is_sharded(weight) or is_sharded(whole) or whole.shape != weight.shape:
+        return whole
+    from sparsetwin._sharding import global_indices, like  # loads torch.distributed.tensor
+
+    part = whole.reshape(-1)[global_indices(weight).to(whole.device)]
+    return like(weight, part.to(local(weight).device))
+
+
 def _check_keys(state: Mapping[str, Any], method: Method) -> None:
     if not isinstance(state, Mapping) or "version" not in state:
         raise StateError("this is no sparsifier state; expected what Sparsifier.state_dict() returned")
@@ -136,7 +152,7 @@ def _learned(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Mapp
 def _fitted(
     what: str, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Copy saved tensors to the devices and memory formats of the weights, in the order of the weights."""
+    """Copy saved tensors to the devices, memory formats and shards of the weights, in the order of the weights."""
     for name, tensor in saved.items():
         if name not in weights:
             raise StateError(f"the saved state has a {what} for {name}, which is no target of this model")
@@ -157,6 +173,7 @@ def _spans(tensor: Tensor, weight: Tensor) -> bool:
 
 
 def _placed(tensor: Tensor, weight: Tensor) -> Tensor:
+    tensor = cut_like(weight, tensor)
     if tensor.shape != weight.shape:
         return tensor.to(weight.device, copy=True)
     return torch.empty_like(weight, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

@@ -1,11 +1,11 @@
-"""State that one process saves of what is sharded over several: put together, and cut again on loading."""
+"""State that one process saves of what is sharded over several, put together; `Sparsifier.load_state_dict` cuts it."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sparsetwin._compat import is_sharded, local
+from sparsetwin._compat import is_sharded
 from sparsetwin.masking import Masks, SparseView
 from sparsetwin.schedules import Phase
 from sparsetwin.sparsifier._core import Sparsifier
@@ -48,18 +48,3 @@ def gathered(state: Any, *, keep: bool = True) -> Any:
     if isinstance(state, list):
         return [gathered(value, keep=keep) for value in state]
     return state
-
-
-def cut_like(weight: Tensor, whole: Tensor) -> Tensor:
-    """Return a whole tensor cut as a weight of its shape is; of a weight that is not sharded, the tensor itself.
-
-    Args:
-        weight: Gives device and sharding.
-        whole: The same in all processes; what is sharded already, or of another shape, is returned as it is.
-    """
-    if not is_sharded(weight) or is_sharded(whole) or whole.shape != weight.shape:
-        return whole
-    from sparsetwin._sharding import global_indices, like  # loads torch.distributed.tensor
-
-    part = whole.reshape(-1)[global_indices(weight).to(whole.device)]
-    return like(weight, part.to(local(weight).device))

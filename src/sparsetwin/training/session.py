@@ -24,7 +24,6 @@ from sparsetwin.training.settings import DistributedSettings, LearningRateSettin
 from sparsetwin.training.sharding import (
     cut,
     cut_optimizer_state,
-    cut_sparsifier_state,
     whole_twin,
     without_averaging,
     wrapped,
@@ -296,7 +295,6 @@ class Session:
             **state,
             "model": cut(state["model"], self.model.state_dict()),
             "optimizers": [cut_optimizer_state(saved, optimizer) for saved, optimizer in pairs],
-            "sparsifier": cut_sparsifier_state(state["sparsifier"], self.sparsifier.weights),
         }
 
 

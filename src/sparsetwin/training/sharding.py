@@ -143,12 +143,6 @@ def cut_optimizer_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[
     return {**state, "state": cut_state}
 
 
-def cut_sparsifier_state(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a sparsifier's whole state with masks and buffers cut as the weights are."""
-    buffers = {what: cut(tensors, weights) for what, tensors in state["buffers"].items()}
-    return {**state, "masks": cut(state["masks"], weights), "buffers": buffers}
-
-
 def whole_twin(template: nn.Module, model: nn.Module) -> nn.Module:
     """Return the whole of a sharded model as a plain one; all processes have to call it and all get it.
 
