@@ -198,6 +198,19 @@ def test_what_a_score_remembers_takes_in_no_gradient_of_a_skipped_update(overflo
         assert_pruned_are_exact_zeros(scaled.run)
 
 
+@pytest.mark.parametrize("overflowing", ["0.weight", "6.weight"])
+def test_thresholds_learn_nothing_from_an_update_that_is_skipped_in_part(overflowing):
+    scaled = ScaledTwo(st.STR(schedule=st.schedules.constant(sparsity=0.8, total_steps=8), initial=-5.0))
+    learned = scaled.run.optimizers[-1].param_groups[-1]["params"]
+    scaled.attempt()
+    before = [value.detach().clone() for value in learned]
+    scaled.attempt(overflowing=overflowing)
+    assert all(map(torch.equal, learned, before))
+    scaled.attempt()
+    assert all(bool(value.isfinite()) for value in learned)
+    assert not any(map(torch.equal, learned, before))
+
+
 @pytest.mark.parametrize("wrong", ["0.weight", "6.weight"])
 def test_gradients_that_are_not_finite_without_a_scaler_are_an_error_that_names_the_target(wrong):
     run = ScaledTwo(CHOOSING["snip"]).run

@@ -86,9 +86,10 @@ class STR(StoredWeightsMethod):
     def before_update(self, state: SparseState) -> None:
         """Give each s its gradient, which follows from that of the effective weights by the chain rule.
 
-        The stored weights' own gradient is the effective ones' where the mask keeps, and is masked already.
+        The stored weights' own gradient is the effective ones' where the mask keeps, and is masked already. Of a step
+        that a GradScaler skips in part nothing is learned.
         """
-        learns = bool(state.masks) and not self._is_cut(state)
+        learns = bool(state.masks) and not self._is_cut(state) and not state.others_overflowed()
         for name, s in state.learned.items():
             gradient = state.gradients.get(name)
             s.grad = None  # which makes optimizers leave it alone
