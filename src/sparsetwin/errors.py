@@ -72,7 +72,7 @@ class TrainingError(SparsetwinError, RuntimeError):
 
 
 class SparsityWarning(UserWarning):
-    """Something about masks or phases that works, but that the user should know."""
+    """Something about masks, phases or counts that works, but that the user should know."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
-from sparsetwin.errors import ConfigError, StateError
+from sparsetwin.errors import ConfigError, SparsityWarning, StateError
 from sparsetwin.metrics import LayerFlops, count_forward_flops, nonzero_counts
 from sparsetwin.models import gpt, resnet20
 
@@ -133,19 +135,103 @@ def test_attention_of_shared_key_heads_counts_every_query_head():
     assert forward.attention == forward.total() == 2 * 4 * 5 * 5 * (8 + 3)
 
 
-def test_weights_that_no_rule_covers_are_named():
-    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+class Crossed(nn.Module):
+    """Attends from three tokens to five others."""
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.fc, self.unused = attention, nn.Linear(4, 2), nn.Linear(2, 2)
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
 
-        def forward(self, x):
-            return self.fc(self.attention(x, x, x)[0])
+    def forward(self, x):
+        return self.attention(x[:, :3], x[:, 3:, : self.attention.kdim], value=x[:, 3:, : self.attention.vdim])[0]
 
-    forward = count_forward_flops(Model(), torch.zeros(1, 3, 4))
-    assert forward.uncounted == ("attention.in_proj_weight", "attention.out_proj.weight", "unused.weight")
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, bias=False, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class TestAttentionModules:
+    """``nn.MultiheadAttention`` and what is made of it."""
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize(
+        ("model", "shape"),
+        [
+            (encoder(), (1, 7, 16)),
+            (encoder(norm_first=True), (1, 7, 16)),
+            (Crossed(bias=False), (1, 8, 8)),
+            (Crossed(bias=False, kdim=4, vdim=6), (1, 8, 8)),
+            (Crossed(bias=False, add_bias_kv=True, add_zero_attn=True), (1, 8, 8)),
+            (nn.TransformerDecoderLayer(16, 2, 32, bias=False, batch_first=True), None),
+        ],
+        ids=["encoder", "norm first", "other keys", "three weights", "two more keys", "decoder"],
+    )
+    def test_dense_flops_are_those_that_torch_counts(self, model, shape, training):
+        given = {"tgt": torch.rand(1, 3, 16), "memory": torch.rand(1, 5, 16)} if shape is None else torch.rand(shape)
+        forward = count_forward_flops(model.train(training), given)
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+                model(**given) if shape is None else model(given)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert forward.total() == counted.get_total_flops()
+        assert forward.uncounted == ()
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_each_weight_costs_by_its_nonzeros(self, device):
+        model = nn.Sequential(encoder(), nn.Linear(16, 3))
+        forward = count_forward_flops(model, torch.zeros(1, 7, 16, device=device))
+        none = dict.fromkeys(forward.weight_sizes, 0)
+        assert forward.total(none) == forward.attention + 7 * 3 == 2 * 4 * 7 * 7 * 16 + 7 * 3
+        first = "0.layers.0.self_attn"
+        assert forward.total({**none, f"{first}.in_proj_weight": 5}) - forward.total(none) == 2 * 7 * 5
+        assert forward.total({**none, f"{first}.out_proj.weight": 5}) - forward.total(none) == 2 * 7 * 5
+        assert [layer.name for layer in forward.layers][:2] == [first, f"{first}.out_proj"]
+
+    def test_biases_cost_at_every_token(self):
+        plain, biased = (
+            count_forward_flops(Crossed(bias=bias), torch.zeros(1, 8, 8)).total() for bias in (False, True)
+        )
+        assert biased - plain == (3 + 2 * 5) * 8 + 3 * 8
+
+    def test_a_weight_that_is_computed_counts_as_dense(self):
+        model = Crossed()
+        expected = count_forward_flops(model, torch.zeros(1, 8, 8)).total()
+        parametrize.register_parametrization(model.attention, "in_proj_weight", nn.Tanh())
+        forward = count_forward_flops(model, torch.zeros(1, 8, 8))
+        assert forward.total() == expected
+        assert (set(forward.weight_sizes), forward.uncounted) == ({"attention.out_proj.weight"}, ())
+
+
+class Various(nn.Module):
+    """Weights in what no rule covers, and weights that cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc, self.unused = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2), nn.Linear(2, 2)
+        self.places, self.scale = nn.Parameter(torch.zeros(1, 3, 4)), nn.Parameter(torch.ones(3, 1))
+        self.product, self.transposed = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+        self.masked = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        x = x * self.scale + self.places
+        x = self.rnn(x)[0] @ self.product @ self.transposed.T
+        return self.fc(F.linear(x, self.masked * torch.ones(4, 4)))
+
+
+def test_weights_that_no_rule_covers_are_named_in_a_warning():
+    with pytest.warns(SparsityWarning, match=r"rnn.weight_hh_l0 is not counted") as warned:
+        forward = count_forward_flops(Various(), torch.zeros(1, 3, 4))
+    assert forward.uncounted == ("product", "transposed", "masked", "rnn.weight_ih_l0", "rnn.weight_hh_l0")
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_what_a_counted_weight_is_computed_from_is_not_said_to_be_left_out(kind):
+    assert count_forward_flops(kind(nn.Linear(4, 4)), torch.zeros(1, 4)).uncounted == ()
 
 
 def test_a_computed_weight_counts_as_dense():

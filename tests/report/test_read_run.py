@@ -134,6 +134,7 @@ def test_a_malformed_line_is_named_by_file_and_number(folder, line):
         (0, {"phases": [[0, 1]]}, r"line 1: 'phases' should be a list of lists of 3 numbers, got \[\[0, 1\]\]"),
         (0, {"targets": {"a": -1}}, r"line 1, targets: 'a' should be a whole number that is not negative, got -1"),
         (0, {"epochs": True}, r"line 1: 'epochs' should be a whole number"),
+        (0, {"uncounted": [1]}, r"line 1: 'uncounted' should be a list of strings, got \[1\]"),
         (1, {"stage": 3}, r"line 2: 'stage' should be a string, got 3"),
         (1, {"lr": "0.1"}, r"line 2: 'lr' should be a number, got '0.1'"),
         (1, {"train": {"loss": 1.0, "accuracy": 98.2}}, r"line 2, train: 'accuracy' should be a fraction from 0 to 1"),

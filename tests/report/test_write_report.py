@@ -266,6 +266,17 @@ def test_unknown_events_are_mentioned(tmp_path):
     assert "left out: memorisation" in page.words
 
 
+def test_weights_whose_flops_are_not_counted_are_mentioned(tmp_path):
+    folder = write_run(tmp_path / "a")
+    first, *others = events()
+    names = [f"rnn.weight_ih_l{index}" for index in range(7)]
+    write_lines(folder / "metrics.jsonl", [first | {"uncounted": names}, *others])
+    page, _ = report([folder], tmp_path / "report.html")
+    said = "FLOPs are too low: what is computed with rnn.weight_ih_l0, rnn.weight_ih_l1"
+    assert said in page.words
+    assert "rnn.weight_ih_l4 and 2 more is not counted" in page.words
+
+
 def test_several_runs_are_compared_and_then_told_one_by_one(several):
     page, content = several
     assert "3 runs compared" in page.words

@@ -12,7 +12,7 @@ from trials import BATCH, STEPS, acdc, digits, make_run, network, settings, with
 
 from sparsetwin.checkpoint import CheckpointStore, Pair
 from sparsetwin.distributions import Uniform
-from sparsetwin.errors import ConfigError, TrainingError
+from sparsetwin.errors import ConfigError, SparsityWarning, TrainingError
 from sparsetwin.metrics import count_forward_flops
 from sparsetwin.schedules import phases
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, Run, TrainSettings, branch_step, evaluate
@@ -249,6 +249,9 @@ class TestLedger:
         assert final["training_flops"] / final["dense_training_flops"] == pytest.approx(0.5 * (1 + 0.25), abs=0.012)
         assert final["dense_training_flops"] == 3 * 2 * 2304 * 72 * BATCH
 
+    def test_a_run_whose_flops_are_all_counted_says_nothing_of_it(self, finetuned: Run) -> None:
+        assert "uncounted" not in told(finetuned, "start")[0]
+
     def test_every_event_counts_what_its_own_weights_cost(self, finetuned: Run) -> None:
         forward = count_forward_flops(network(batch_norm=True), torch.zeros(1, 1, 8, 8))
         epochs = [event for event in told(finetuned, "epoch") if event["stage"] == "main"]
@@ -257,6 +260,26 @@ class TestLedger:
             spent += 3 * event["forward_flops"] * STEPS * BATCH
             assert event["training_flops"] == spent
             assert (event["forward_flops"] == forward.total()) == (event["zeros"] == 0)
+
+
+class Recurrent(nn.Module):
+    """Reads an image row by row; no rule counts its LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.rnn(images.squeeze(1))[0][:, -1])
+        return logits
+
+
+def test_a_run_whose_flops_lack_something_says_of_what(tmp_path: Path) -> None:
+    names = ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+    run = make_run(tmp_path / "run", acdc((18, 0.0), (18, 0.5)), settings(epochs=2), make_model=Recurrent)
+    with pytest.warns(SparsityWarning, match=f"what is computed with {names[0]}, {names[1]} is not counted"):
+        assert run.execute()
+    assert told(run, "start")[0]["uncounted"] == names
 
 
 class Padded(nn.Module):

@@ -78,6 +78,13 @@ class Record:
             raise self._wrong(name, f"a list of {length} numbers")
         return cast(list[float], value)
 
+    def texts(self, name: str) -> list[str]:
+        """Return a list of strings."""
+        value = self._given(name)
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self._wrong(name, "a list of strings")
+        return value
+
     def _given(self, name: str) -> object:
         if name not in self.fields:
             raise CheckpointError(f"{self.place}: the field {name!r} is missing{nearest(name, self.fields)}")

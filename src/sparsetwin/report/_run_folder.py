@@ -35,6 +35,7 @@ class Start:
     dense_forward_flops: int  # a sample
     dense_training_flops: int  # of as many epochs without any sparsity
     int8_step: int | None = None  # from which on weights are rounded to int8; None if they are not
+    uncounted: tuple[str, ...] = ()  # weights whose FLOPs are in none of these numbers
 
     @property
     def target_count(self) -> int:
@@ -262,6 +263,7 @@ def _start(line: Record) -> Start:
         dense_forward_flops=line.integer("dense_forward_flops"),
         dense_training_flops=line.integer("dense_training_flops"),
         int8_step=line.integer("int8_step") if line.has("int8_step") else None,
+        uncounted=tuple(line.texts("uncounted")) if line.has("uncounted") else (),
     )
 
 

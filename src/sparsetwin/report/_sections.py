@@ -53,6 +53,13 @@ def _notes(run: Run) -> Markup:
         notes.append(
             f"Lines of metrics.jsonl that this version cannot read were left out: {', '.join(run.unknown_events)}."
         )
+    if run.start.uncounted:
+        names = run.start.uncounted
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        notes.append(
+            f"All FLOPs are too low: what is computed with {', '.join(names[:5])}{more} is not counted, as there is no "
+            "rule for it. Shares of dense FLOPs are of what is counted."
+        )
     return Markup("".join(paragraph(note, css="note") for note in notes))
 
 

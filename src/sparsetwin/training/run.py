@@ -232,6 +232,7 @@ class Run:
                 "dense_forward_flops": stage.billing.forward.total(),
                 "dense_training_flops": self._dense_training_flops(stage.billing.forward),
                 **_quantized_from(self.parts.method),
+                **({"uncounted": list(stage.billing.forward.uncounted)} if stage.billing.forward.uncounted else {}),
             }
         )
 
