@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trials import BATCH, STEPS, acdc, digits, make_run, network, settings, without
 
 from sparsetwin.checkpoint import CheckpointStore, Pair
+from sparsetwin import ACDC, HAM, Dense, Sparsifier
 from sparsetwin.distributions import Uniform
 from sparsetwin.errors import ConfigError, SparsityWarning, TrainingError
 from sparsetwin.metrics import count_forward_flops
@@ -28,6 +29,19 @@ def told(run: Run, event: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+class StopIn:
+    """Asks a run for a stop at a step of one of its stages."""
+
+    def __init__(self, stage: str, *, step: int, run: Run) -> None:
+        self.stage, self.step, self.run = stage, step, run
+
+    def event(self, event: Any) -> None: ...
+
+    def progress(self, progress: Any) -> None:
+        if progress.stage == self.stage and progress.step >= self.step:
+            self.run.request_stop()
+
+
     folder = tmp_path_factory.mktemp("finetuned") / "run"
     run = make_run(folder, acdc(*FOUR), settings(dense_finetune=True, learning_rate=COSINE))
     assert run.execute()
@@ -68,6 +82,35 @@ class TestDenseFineTuning:
 
     def test_the_sparse_half_is_that_of_a_run_without_it(self, finetuned: Run, tmp_path: Path) -> None:
         plain = make_run(tmp_path / "run", acdc(*FOUR), settings(learning_rate=COSINE))
+    def test_it_goes_on_with_the_ham_of_the_method_also_after_a_stop(self, tmp_path: Path) -> None:
+        """It equals steps with HAM done by hand, to the bit; without HAM it does not."""
+        method = ACDC(schedule=phases(FOUR), ham=HAM(alpha=5.0, beta=0.1))
+        given = settings(dense_finetune=True, learning_rate=COSINE, checkpoint_epochs=0.5)
+        run = make_run(tmp_path / "run", method, given)
+        listener = StopIn("dense-finetune", step=60, run=run)
+        run.listen([listener])
+        assert not run.execute()
+        again = Run(run.folder, run.parts)
+        assert again.execute()
+        _, state = run.store.load_named("branch")
+        found = []
+        for ham in (method.ham, None):
+            model = network(batch_norm=True)
+            model.load_state_dict(state["session"]["model"])
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+            optimizer.load_state_dict(state["session"]["optimizers"][0])
+            sparsifier = Sparsifier(Dense(schedule=phases([(18, 0.0)]), ham=ham), model, optimizer)
+            model.train()
+            for step, (inputs, labels) in enumerate(digits().train.epoch(3), start=54):
+                sparsifier.begin_step()
+                optimizer.param_groups[0]["lr"] = 0.05 * COSINE.factor(step, steps_per_epoch=STEPS, epochs=4)
+                nn.functional.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            dense = run.pair.load("dense", network(batch_norm=True)).state_dict()
+            found.append(all(torch.equal(dense[name], value) for name, value in model.state_dict().items()))
+        assert found == [True, False]
+
         assert plain.execute()
         for ours, theirs in (("sparse", "sparse"), ("dense-raw", "dense")):
             assert (finetuned.folder.pair / f"{ours}.safetensors").read_bytes() == (

@@ -156,7 +156,8 @@ class Run:
         if name == MAIN:
             method, dense = parts.method, self._dense_name()
         else:
-            method, dense = Dense(schedule=constant(sparsity=0.0, total_steps=parts.settings.total_steps)), "dense"
+            schedule = constant(sparsity=0.0, total_steps=parts.settings.total_steps)
+            method, dense = Dense(schedule=schedule, ham=parts.method.ham), "dense"
         model = self._make_model()
         if is_new and parts.begin_with is not None:
             parts.begin_with(model)
