@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from trials import BATCH, STEPS, acdc, digits, make_run, network, settings, without
+from trials import BATCH, CPU, STEPS, acdc, digits, make_run, network, settings, without
 
 from sparsetwin.checkpoint import CheckpointStore, Pair
+from sparsetwin.checkpoint import CheckpointStore, Pair
+from sparsetwin.data import Digits
 from sparsetwin import ACDC, HAM, Dense, Sparsifier
 from sparsetwin.distributions import Uniform
 from sparsetwin.errors import ConfigError, SparsityWarning, TrainingError
@@ -291,6 +294,19 @@ class TestLedger:
         assert zeros < 0.05 * 2304
         assert final["training_flops"] / final["dense_training_flops"] == pytest.approx(0.5 * (1 + 0.25), abs=0.012)
         assert final["dense_training_flops"] == 3 * 2 * 2304 * 72 * BATCH
+    def test_a_dense_run_with_partial_batches_costs_one_dense_training(self, tmp_path: Path) -> None:
+        splits = Digits(holdout=0.1, drop_last=False).load(
+            None, batch_size=700, eval_batch_size=512, seed=0, device=CPU
+        )
+        sizes = [len(labels) for _, labels in splits.train.epoch(0)]
+        assert len(set(sizes)) == 2
+        given = replace(settings(epochs=2, batch_size=700), steps_per_epoch=len(sizes))
+        run = make_run(tmp_path / "run", acdc((2 * len(sizes), 0.0)), given, splits=splits)
+        assert run.execute()
+        start, final = told(run, "start")[0], told(run, "final")[0]
+        assert final["training_flops"] == 3 * final["dense_forward_flops"] * 2 * sum(sizes)
+        assert final["dense_training_flops"] == start["dense_training_flops"] == final["training_flops"]
+
 
     def test_a_run_whose_flops_are_all_counted_says_nothing_of_it(self, finetuned: Run) -> None:
         assert "uncounted" not in told(finetuned, "start")[0]

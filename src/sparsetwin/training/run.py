@@ -215,8 +215,9 @@ class Run:
         return self._forward
 
     def _dense_training_flops(self, forward: ForwardFlops) -> int:
-        settings = self.parts.settings
-        return training_flops(forward.total(), settings.total_steps * settings.train.batch_size)
+        """Return the FLOPs of one dense training, whose last batch of an epoch may be partial."""
+        parts = self.parts
+        return training_flops(forward.total(), parts.settings.train.epochs * parts.splits.train.samples)
 
     def _start_event(self) -> None:
         stage, settings = self._stage, self.parts.settings
