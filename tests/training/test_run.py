@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from trials import BATCH, CPU, STEPS, acdc, digits, make_run, network, settings, without
 
-from sparsetwin.checkpoint import CheckpointStore, Pair
+from sparsetwin import ACDC, HAM, Dense, Sparsifier
 from sparsetwin.checkpoint import CheckpointStore, Pair
 from sparsetwin.data import Digits
-from sparsetwin import ACDC, HAM, Dense, Sparsifier
 from sparsetwin.distributions import Uniform
 from sparsetwin.errors import ConfigError, SparsityWarning, TrainingError
 from sparsetwin.metrics import count_forward_flops
@@ -30,8 +29,6 @@ def told(run: Run, event: str) -> list[Any]:
     return [line for line in map(json.loads, lines) if line["event"] == event]
 
 
-@pytest.fixture(scope="module")
-def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
 class StopIn:
     """Asks a run for a stop at a step of one of its stages."""
 
@@ -45,6 +42,8 @@ class StopIn:
             self.run.request_stop()
 
 
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("finetuned") / "run"
     run = make_run(folder, acdc(*FOUR), settings(dense_finetune=True, learning_rate=COSINE))
     assert run.execute()
@@ -83,8 +82,6 @@ class TestDenseFineTuning:
         dense = finetuned.pair.load("dense", network(batch_norm=True)).state_dict()
         assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
 
-    def test_the_sparse_half_is_that_of_a_run_without_it(self, finetuned: Run, tmp_path: Path) -> None:
-        plain = make_run(tmp_path / "run", acdc(*FOUR), settings(learning_rate=COSINE))
     def test_it_goes_on_with_the_ham_of_the_method_also_after_a_stop(self, tmp_path: Path) -> None:
         """It equals steps with HAM done by hand, to the bit; without HAM it does not."""
         method = ACDC(schedule=phases(FOUR), ham=HAM(alpha=5.0, beta=0.1))
@@ -114,6 +111,8 @@ class TestDenseFineTuning:
             found.append(all(torch.equal(dense[name], value) for name, value in model.state_dict().items()))
         assert found == [True, False]
 
+    def test_the_sparse_half_is_that_of_a_run_without_it(self, finetuned: Run, tmp_path: Path) -> None:
+        plain = make_run(tmp_path / "run", acdc(*FOUR), settings(learning_rate=COSINE))
         assert plain.execute()
         for ours, theirs in (("sparse", "sparse"), ("dense-raw", "dense")):
             assert (finetuned.folder.pair / f"{ours}.safetensors").read_bytes() == (
@@ -294,6 +293,7 @@ class TestLedger:
         assert zeros < 0.05 * 2304
         assert final["training_flops"] / final["dense_training_flops"] == pytest.approx(0.5 * (1 + 0.25), abs=0.012)
         assert final["dense_training_flops"] == 3 * 2 * 2304 * 72 * BATCH
+
     def test_a_dense_run_with_partial_batches_costs_one_dense_training(self, tmp_path: Path) -> None:
         splits = Digits(holdout=0.1, drop_last=False).load(
             None, batch_size=700, eval_batch_size=512, seed=0, device=CPU
@@ -306,7 +306,6 @@ class TestLedger:
         start, final = told(run, "start")[0], told(run, "final")[0]
         assert final["training_flops"] == 3 * final["dense_forward_flops"] * 2 * sum(sizes)
         assert final["dense_training_flops"] == start["dense_training_flops"] == final["training_flops"]
-
 
     def test_a_run_whose_flops_are_all_counted_says_nothing_of_it(self, finetuned: Run) -> None:
         assert "uncounted" not in told(finetuned, "start")[0]
@@ -346,6 +345,34 @@ class Padded(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         return nn.functional.pad(logits, (0, 2))
+
+
+class Causal(nn.Module):
+    """Keeps a mask with -inf in a buffer, as attention does, and adds it to zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network(batch_norm=True)
+        self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        attended = self.mask.softmax(-1) @ images
+        logits: Tensor = self.inner(attended)
+        return logits
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_model_with_a_constant_buffer_of_infinities_is_trained_and_resumed(tmp_path: Path, average: float) -> None:
+    given = settings(ema_decay=average, dense_finetune=True)
+    whole = make_run(tmp_path / "whole", acdc(*FOUR), given, make_model=Causal)
+    assert whole.execute()
+    run = make_run(tmp_path / "run", acdc(*FOUR), given, make_model=Causal)
+    run.listen([StopIn("main", step=20, run=run)])
+    assert not run.execute()
+    again = Run(run.folder, run.parts)
+    assert again.execute()
+    for path in whole.folder.pair.iterdir():
+        assert (run.folder.pair / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_run_with_skipped_updates_still_completes_every_phase(tmp_path: Path) -> None:

@@ -241,6 +241,25 @@ def test_a_value_that_is_not_finite_is_found_by_name() -> None:
     assert trained.first_not_finite() == "1.running_var"
 
 
+def test_infinities_that_a_buffer_begins_with_are_its_own_and_further_ones_are_not() -> None:
+    def masked() -> nn.Module:
+        model = network(batch_norm=True)
+        model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+        return model
+
+    trained = session(acdc((10, 0.0)), settings(), model=masked())
+    assert trained.first_not_finite() is None
+    trained.model.get_buffer("mask")[0] = math.nan
+    assert trained.first_not_finite() == "mask"
+
+
+def test_a_weight_that_begins_with_infinities_is_found_by_name() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[0] = math.inf
+    assert session(acdc((10, 0.0)), settings(), model=model).first_not_finite() == "0.weight"
+
+
 def test_the_batches_of_these_tests_are_full() -> None:
     assert all(len(labels) == BATCH for _, labels in digits().train.epoch(0))
 

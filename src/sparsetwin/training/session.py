@@ -104,6 +104,7 @@ class Session:
         self.before_pass: Callable[[], None] | None = None  # called before each pass over a batch that is trained on
         self.skipped = 0  # batches whose update overflowed
         self.skipped_in_a_row = 0
+        self._constant = self._not_finite_buffers()
 
     @property
     def steps(self) -> int:
@@ -211,12 +212,25 @@ class Session:
                 group["lr"] = base * factor
 
     def first_not_finite(self) -> str | None:
-        """Return the name of a parameter or buffer with NaN or infinite values, or None; waits for the device."""
-        tensors = {name: local(value) for name, value in self.model.state_dict().items() if value.is_floating_point()}
-        if not tensors:
+        """Return the name of a parameter or buffer with NaN or infinite values, or None; waits for the device.
+
+        What a buffer held from the start, as an attention's mask holds -inf, is left out.
+        """
+        found = self._not_finite()
+        if not found:
             return None
-        spoilt = self.processes.sum(torch.stack([~value.isfinite().all() for value in tensors.values()]).int())
-        return next((name for name, count in zip(tensors, spoilt.tolist(), strict=True) if count), None)
+        spoilt = torch.stack([count > self._constant.get(name, 0) for name, count in found.items()]).int()
+        counts = self.processes.sum(spoilt).tolist()
+        return next((name for name, count in zip(found, counts, strict=True) if count), None)
+
+    def _not_finite(self) -> dict[str, Tensor]:
+        """Return how many values of each parameter and buffer are not finite, in this process's part of it."""
+        state = {name: local(value) for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        return {name: (~value.isfinite()).sum() for name, value in state.items()}
+
+    def _not_finite_buffers(self) -> dict[str, Tensor]:
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: count for name, count in self._not_finite().items() if name not in parameters}
 
     def evaluated_model(self) -> nn.Module:
         """Return the model to evaluate and to save: the average, masked and rounded as the model is, or the model.
@@ -288,6 +302,7 @@ class Session:
         if self.processes.rank < len(generators):  # of a process that is new the state stays that of its own seed
             restore_generators(generators[self.processes.rank], self.device)
         self.skipped = state["skipped"]
+        self._constant = self._not_finite_buffers()  # only what was found to be sound is saved
 
     def _cut(self, state: Mapping[str, Any]) -> dict[str, Any]:
         pairs = zip(state["optimizers"], self.optimizers, strict=True)
