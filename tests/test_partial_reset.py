@@ -1,9 +1,12 @@
 """Optimizer state of single weights that come back, and of everything but step counts."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+import sparsetwin as st
 from sparsetwin.errors import UsageError
 from sparsetwin.optimizer_state import restore_initial_state_, restore_where_
 
@@ -101,3 +104,35 @@ def test_an_optimizer_without_a_rule_is_refused():
     weight = nn.Parameter(torch.ones(2))
     with pytest.raises(UsageError, match=r"Unknown cannot forget single weights. Say how it begins with register_init"):
         restore_where_(Unknown([weight], {}), {weight: torch.tensor([True, False])})
+
+
+@pytest.mark.parametrize("reset", ["returned", "returned-mean"])
+def test_adafactor_has_no_state_of_single_weights_and_is_refused_at_once(reset):
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.Adafactor(model.parameters())
+    method = st.ACDC(schedule=st.schedules.phases([(2, 0.0), (2, 0.5), (2, 0.0)]), reset=reset)
+    with pytest.raises(UsageError, match=rf"reset='{reset}' would do nothing with Adafactor.*reset='targets'"):
+        st.Sparsifier(method, model, optimizer)
+    assert optimizer._optimizer_step_pre_hooks == {}
+    st.Sparsifier(dataclasses.replace(method, reset="targets"), model, optimizer)
+
+
+def test_adafactor_is_served_where_no_weight_comes_back():
+    model = nn.Sequential(nn.Linear(4, 4))
+    method = st.ACDC(schedule=st.schedules.phases([(2, 0.0), (2, 0.5)]), reset="returned")
+    sparsifier = st.Sparsifier(method, model, torch.optim.Adafactor(model.parameters()))
+    assert sparsifier.phase is None
+
+
+def test_methods_that_grow_weights_train_by_adafactor():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)
+    method = st.SET(schedule=st.schedules.periodic(sparsity=0.5, total_steps=6, every_steps=2))
+    sparsifier = st.Sparsifier(method, model, optimizer)
+    for _ in range(6):
+        sparsifier.begin_step()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsifier.sparsity() == 0.5

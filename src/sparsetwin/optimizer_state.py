@@ -24,7 +24,8 @@ ResetScope = Literal["all", "moments", "targets", "returned", "returned-mean", "
 ``"all"``: every parameter's; ``"moments"``: every parameter's but for its step count; ``"targets"``: that of the
 targets; ``"returned"``: that of the returning weights alone, step counts stay; ``"returned-mean"``: the same, but where
 an optimizer scales updates by second moments, a returning weight begins with the mean of the weights that were kept;
-``"none"``: nobody's.
+``"none"``: nobody's. A method whose ``reset`` is of returning weights refuses Adafactor, which
+has no state of single weights.
 """
 
 ParameterState = dict[str, Any]
@@ -96,6 +97,8 @@ def restore_where_(
     like: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> None:
     """Restore the optimizer's own initial state values for single weights, in place; step counts stay.
+
+    State that is not of single weights, such as Adafactor's of rows and columns, stays as it is.
 
     >>> weight = nn.Parameter(torch.ones(2))
     >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)

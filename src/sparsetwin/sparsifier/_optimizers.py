@@ -33,6 +33,7 @@ def check_method(method: Method, state: SparseState, optimizers: Sequence[Optimi
     for optimizer in optimizers:
         if scopes & _PARTIAL:
             restore_where_(optimizer, {})  # of no parameter: refuses what cannot be restored
+            _refuse_factored(optimizer, getattr(method, "reset", None))
         if scopes - _PARTIAL:
             restore_initial_state_(optimizer, [])
     sampled = [phase for phase in phases if method.gradient_samples(phase)]
@@ -40,6 +41,15 @@ def check_method(method: Method, state: SparseState, optimizers: Sequence[Optimi
         raise UsageError(
             f"{type(method).__name__} samples gradients on entering {sampled[0]}; give the Sparsifier a "
             "gradient_pass: a function of a number that runs forward and backward on the batch of that number"
+        )
+
+
+def _refuse_factored(optimizer: Optimizer, reset: str | None) -> None:
+    """Refuse a choice of ``reset`` that would do nothing; methods without the choice grow weights all the same."""
+    if reset in _PARTIAL and isinstance(optimizer, torch.optim.Adafactor):
+        raise UsageError(
+            f"reset={reset!r} would do nothing with Adafactor, which keeps its second moments by rows and columns and "
+            "none of single weights; use reset='all', reset='targets' or reset='none', or another optimizer"
         )
 
 
