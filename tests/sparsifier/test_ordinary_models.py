@@ -1,12 +1,13 @@
 """The model stays an ordinary one: compiled, copied, averaged and profiled like any other."""
 
 import copy
+import gc
 import subprocess
 import sys
 
 import pytest
 import torch
-from small_runs import SCHEDULE, Run, assert_same_bits, batch, bits, network, sgd
+from small_runs import SCHEDULE, Run, assert_same_bits, batch, bits, loss_of, network, sgd
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -49,6 +50,46 @@ def test_a_compiled_optimizer_step_stops_recompiling_after_the_first_sparse_phas
     for name, weight in plain.weights.items():
         torch.testing.assert_close(run.weights[name], weight)
         assert torch.equal(run.weights[name] == 0, weight == 0)
+
+
+def masks_in_memory() -> int:
+    """Count the tensors that hold something of a mask of the first linear layer: bools, or integers as wide as it."""
+    gc.collect()
+    kinds = (torch.bool, torch.int32)
+    tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+    return sum(tensor.dtype in kinds and tensor.shape == (8, 48) for tensor in tensors)
+
+
+@pytest.mark.parametrize("options", [{}, {"ham": st.HAM()}, {"score": "movement"}])
+def test_a_dense_phase_after_a_sparse_one_holds_nothing_of_its_masks(options):
+    before = masks_in_memory()
+    run = Run.new(st.ACDC(schedule=SCHEDULE, **options))
+    for step in range(SCHEDULE.total_steps):
+        run.step()
+        assert (masks_in_memory() > before) == SCHEDULE.at(step).is_sparse, step
+
+
+def test_a_captured_step_finds_the_masks_of_later_phases_where_it_read_those_of_its_own(monkeypatch):
+    """As a replayed CUDA graph reads them: at addresses that may not change, in dense phases neither."""
+    run = Run.new()
+    run.train(2)
+    run.sparsifier.begin_step()
+    loss_of(run.model, 2).backward()
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_available", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        run.optimizers[0].step()
+    words = run.sparsifier._held._words._words
+    read = {name: (tensor.data_ptr(), tensor) for name, tensor in words.items()}
+    run.sparsifier.step_done()
+    assert len(read) == 3
+    for _ in range(3, SCHEDULE.total_steps):
+        run.step()
+        assert {name: tensor.data_ptr() for name, tensor in words.items()} == {
+            name: at for name, (at, _) in read.items()
+        }
+    for name, (_, tensor) in read.items():
+        assert torch.equal(tensor != 0, run.sparsifier.masks[name])
 
 
 def test_a_deep_copy_is_an_independent_dense_looking_model_in_any_phase():

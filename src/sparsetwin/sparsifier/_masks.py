@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsetwin._compat import local, total
+from sparsetwin._compat import is_capturing, local, total
 from sparsetwin.errors import SelectionError, SparsityWarning
 from sparsetwin.masking import Masks, expand_bits, keep_
 from sparsetwin.schedules import Phase
@@ -15,19 +15,28 @@ from sparsetwin.schedules import Phase
 class MaskWords:
     """Masks spread to whole words, as wide as their weights, so that masking is one bitwise operation.
 
-    The tensors outlive a phase and are filled anew, since CUDA graphs and compiled steps hold on to them.
+    In a dense phase there are none, unless a CUDA graph was captured that reads them: then the tensors outlive every
+    phase and are filled anew, for the graph to find the masks of later phases at the same addresses.
     """
 
     def __init__(self) -> None:
         self._words: dict[str, Tensor] = {}
+        self._is_captured = False
+
+    def note_capture(self) -> None:
+        """Keep the tensors from here on if a CUDA graph is being captured."""
+        if is_capturing():
+            self._is_captured = True
 
     def fill(self, masks: Masks, weights: Mapping[str, Tensor]) -> None:
         """Take the masks of a phase that begins.
 
         Args:
-            masks: Canonical name -> bool.
+            masks: Canonical name -> bool; none in a dense phase.
             weights: Canonical name -> weight, for its dtype.
         """
+        if not masks and not self._is_captured:
+            self._words.clear()
         for name, mask in masks.items():
             words = expand_bits(local(mask), dtype=local(weights[name]).dtype)
             old = self._words.get(name)

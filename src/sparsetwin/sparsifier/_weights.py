@@ -94,6 +94,8 @@ class TargetWeights:
     @torch.no_grad()
     def settle(self, names: Iterable[str]) -> None:
         """Leave in the parameters what the sparse phase allows; in dense phases do nothing."""
+        if self._state.masks:
+            self._words.note_capture()
         quantization = self._method.quantization if self._state.steps >= self._first_quantized else None
         for name in names if self._state.masks else ():
             if quantization is None or self._method.stores_weights:  # if not, what was stored is allowed already
