@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from sparsetwin.errors import TargetError
-from sparsetwin.models import mobilenetv1, resnet20, resnet50
+import sparsetwin as st
+from sparsetwin.errors import SparsityWarning, TargetError
+from sparsetwin.models import gpt, mobilenetv1, resnet20, resnet50
 from sparsetwin.targets import Targets
 
 
@@ -34,6 +36,67 @@ def names(model=None, **choice):
 
 def test_by_default_every_linear_and_convolution_weight_is_a_target_in_the_models_order():
     assert names() == ALL
+
+
+class Varied(nn.Module):
+    """Weights that compute as linear layers and convolutions do, but are none of their plain ``weight``s."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.fc = nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.attention, self.crossed = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+        self.up = nn.ConvTranspose2d(3, 4, 2)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 1))
+        self.constrained = parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Tanh())
+
+
+PASSED_OVER = (
+    *("attention.in_proj_weight", "crossed.q_proj_weight", "crossed.k_proj_weight", "crossed.v_proj_weight"),
+    *("up.weight", "normed.weight", "constrained.weight"),
+)
+
+
+class TestPassedOver:
+    """Weights that are no targets by default although one might think so."""
+
+    def test_they_are_named_in_one_warning_when_a_sparsifier_is_made(self):
+        model = Varied()
+        method = st.ACDC(schedule=st.schedules.constant(sparsity=0.5, total_steps=4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with pytest.warns(SparsityWarning, match=r"attention.in_proj_weight, .* and 2 more stay dense") as warned:
+            sparsifier = st.Sparsifier(method, model, optimizer)
+        assert [warning.filename for warning in warned] == [__file__]
+        assert sparsifier.target_names == ("fc.weight", "attention.out_proj.weight", "crossed.out_proj.weight")
+        sparsifier.begin_step()
+
+    def test_all_of_them_are_found_and_no_embedding_norm_or_plain_layer_is(self):
+        assert Targets().passed_over(Varied()) == PASSED_OVER
+        assert Targets().passed_over(Network()) == ()
+
+    def test_the_older_weight_norm_is_found_too(self):
+        with pytest.warns(FutureWarning):
+            model = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+        assert Targets().passed_over(model) == ("0.weight",)
+
+    def test_what_is_excluded_is_meant_to_stay_dense(self):
+        targets = Targets(exclude=("re:.*_proj_weight", "up", "normed.*", "constrained.*"))
+        assert targets.passed_over(Varied()) == ()
+
+    def test_what_is_included_was_chosen_by_name(self):
+        targets = Targets(include=(nn.Linear, nn.MultiheadAttention, nn.ConvTranspose2d))
+        assert targets.passed_over(Varied()) == ()
+        assert set(PASSED_OVER[:5]) < set(targets.resolve(Varied()))
+
+    def test_frozen_ones_are_left_out(self):
+        assert Targets().passed_over(Varied().requires_grad_(False)) == ()
+
+
+@pytest.mark.parametrize(
+    "make", [resnet20, resnet50, mobilenetv1, lambda: gpt(9, context=4, layers=1, heads=1, width=8)]
+)
+def test_of_the_networks_here_no_weight_is_passed_over(make):
+    with torch.device("meta"):
+        assert Targets().passed_over(make()) == ()
 
 
 @pytest.mark.parametrize(

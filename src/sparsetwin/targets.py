@@ -1,31 +1,40 @@
 """Which parameters may be pruned: chosen by name, glob, ``re:`` expression or module class."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from sparsetwin._compat import canonical_name, named_weights
 from sparsetwin._matching import name_matcher
-from sparsetwin.errors import TargetError, nearest
+from sparsetwin.errors import SparsityWarning, TargetError, nearest
 
 Selector = str | type[nn.Module]
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Module classes whose ``weight`` is a target by default."""
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+_WEIGHTS = ("weight", *_PROJECTIONS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """A choice of parameters.
 
-    By default every ``weight`` of a linear or convolution layer is a target, unless an embedding shares it. A selector
-    is one of
+    By default every ``weight`` of a ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` is a target, unless an
+    embedding shares it. No targets by default are the projections that ``nn.MultiheadAttention`` holds itself (its
+    output projection is one), transposed convolutions, and weights that are computed from others, as by a
+    parametrization or weight norm: a `Sparsifier` warns of those that are neither targets nor excluded. Recurrent
+    layers are no targets either. A selector is one of
 
     - a parameter's name (``"fc.weight"``), or a module's, which stands for its weight (``"fc"``);
     - a glob over such names (``"layer1.*.conv2"``; ``"layer1.*"`` matches the biases and norms in there, too);
     - ``re:`` and a regular expression that matches a whole parameter name (``"re:layer[12].*weight"``);
-    - a module class (``nn.Conv2d``), which stands for the weights of its instances.
+    - a module class (``nn.Conv2d``), which stands for the weights of its instances (``nn.MultiheadAttention`` for the
+      projections that it holds itself).
 
     A parameter that goes by several names is chosen, or left out, by any of them, and is one target.
     """
@@ -63,6 +72,44 @@ class Targets:
         _check(targets)
         return targets
 
+    def passed_over(self, model: nn.Module) -> tuple[str, ...]:
+        """Return what is no target by default although it works as a linear or convolution layer, and is trained.
+
+        Args:
+            model: Any module.
+
+        Returns:
+            Canonical names of projections of ``nn.MultiheadAttention``, transposed convolutions and computed weights
+            that are not excluded; none where targets are named by ``include``.
+        """
+        if self.include:
+            return ()
+        uses = _uses(model) if self.exclude else []
+        excluded = {parameter for selector in self.exclude for parameter in _match(selector, uses)}
+        names = []
+        for prefix, module in model.named_modules():
+            for attribute, sources in _unusual(module):
+                if any(source.requires_grad for source in sources) and not excluded & set(sources):
+                    names.append(canonical_name(f"{prefix}.{attribute}" if prefix else attribute, model))
+        return tuple(names)
+
+    def warn_of_passed_over(self, model: nn.Module, *, stacklevel: int) -> None:
+        """Name in a `SparsityWarning` what `passed_over` returns.
+
+        Args:
+            model: Any module.
+            stacklevel: Of the caller to whom it is told, as in ``warnings.warn``.
+        """
+        names = self.passed_over(model)
+        if names:
+            warnings.warn(
+                f"no targets by default: {_some(list(names))} stay dense. Name attention's projections and transposed "
+                "convolutions in include=, take parametrizations off before training, or name what is to stay dense in "
+                "exclude=",
+                SparsityWarning,
+                stacklevel=stacklevel + 1,
+            )
+
     def _included(self, uses: "list[_Use]") -> set[nn.Parameter]:
         if self.include:
             return set().union(*(_match(selector, uses) for selector in self.include))
@@ -92,10 +139,31 @@ def _uses(model: nn.Module) -> list[_Use]:
     return uses
 
 
+def _unusual(module: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Yield each weight of a module that is no target by default, with the parameters that it is computed from."""
+    attributes: tuple[str, ...]
+    if isinstance(module, nn.MultiheadAttention):
+        attributes = _PROJECTIONS
+    elif isinstance(module, (*LAYERS, *_TRANSPOSED)):
+        attributes = ("weight",)
+    else:
+        return
+    for attribute in attributes:
+        if attribute in module._parameters:
+            parameter = module._parameters[attribute]
+            if parameter is not None and not isinstance(module, LAYERS):
+                yield attribute, [parameter]
+        else:
+            names = (f"parametrizations.{attribute}.", f"{attribute}_")  # as weight_g and weight_v
+            sources = [parameter for name, parameter in module.named_parameters() if name.startswith(names)]
+            if sources:
+                yield attribute, sources
+
+
 def _match(selector: Selector, uses: Iterable[_Use]) -> set[nn.Parameter]:
     uses = list(uses)
     if isinstance(selector, type):
-        found = {use.parameter for use in uses if isinstance(use.module, selector) and use.attribute == "weight"}
+        found = {use.parameter for use in uses if isinstance(use.module, selector) and use.attribute in _WEIGHTS}
         shown = selector.__name__
     else:
         matches = name_matcher(selector)

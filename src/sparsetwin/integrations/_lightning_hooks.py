@@ -39,7 +39,7 @@ class SparsifierHooks:
             optimization Lightning counts batches for it.
         pair: The pair's folder.
         method: Makes the method of ``schedule=``.
-        targets: Which parameters may be pruned; by default every linear and convolution weight.
+        targets: Which parameters may be pruned; by default as `Targets` says.
         seed: For methods that draw.
     """
 

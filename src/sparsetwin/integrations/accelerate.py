@@ -58,7 +58,7 @@ def prepare(
         method: What to do; its schedule counts optimizer steps.
         model: As ``accelerator.prepare`` returned it.
         optimizer: One, or a sequence, as ``accelerator.prepare`` returned them; the steps of the last are counted.
-        targets: Which parameters may be pruned; by default every linear and convolution weight.
+        targets: Which parameters may be pruned; by default as `Targets` says.
         seed: For methods that draw.
 
     Raises:

@@ -52,7 +52,7 @@ class SparseTask(TrainingTask):  # type: ignore[misc]
         Args:
             method: What to do; its schedule counts optimizer steps.
             optimizer: One, or a sequence; the steps of the last are counted.
-            targets: Which parameters may be pruned; by default every linear and convolution weight.
+            targets: Which parameters may be pruned; by default as `Targets` says.
             seed: For methods that draw.
 
         Raises:

@@ -48,7 +48,8 @@ class Sparsifier:
         method: What to do; holds the schedule.
         model: The model as it is trained: on its device, and wrapped already, if it is to be.
         optimizer: One, or a sequence; the steps of the last one are counted, so it has to step last.
-        targets: Which parameters may be pruned; by default every linear and convolution weight.
+        targets: Which parameters may be pruned; by default every linear and convolution weight, but
+            for the exceptions that `Targets` names, which are warned of.
         seed: For methods that draw.
         gradient_pass: For methods that sample gradients on entering a phase: a function that is given 0, 1, 2 ... and
             runs forward and backward on the sample batch of that number, the same one every time.
@@ -83,6 +84,7 @@ class Sparsifier:
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         refuse_unsupported(model, optimizers)
         weights = self._targets.resolve(model)
+        self._targets.warn_of_passed_over(model, stacklevel=2)
         self._state = SparseState(
             weights=weights,
             tensors=named_tensors(model),
