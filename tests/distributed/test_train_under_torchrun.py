@@ -129,7 +129,7 @@ def test_a_folder_in_use_is_refused_in_all_processes(server: Server, copies: Pat
         (("--train.compile", "--model.name", "shared_networks:plain", "--fsdp"), 2),
         ((), 3),
         (("--fsdp", "--train.clip-norm", "0.5"), 3),
-        (("--fsdp", "--optimizer.name", "muon", "--optimizer.lr", "0.003"), 2),
+        (("--fsdp", "--optimizer.name", "muon", "--optimizer.lr", "0.003", "--model.name", "shared_networks:plain"), 2),
     ],
     ids=["average", "fp16", "shards", "compiled copies", "compiled shards", "three copies", "three shards", "muon"],
 )  # fmt: skip

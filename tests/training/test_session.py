@@ -12,8 +12,11 @@ from trials import BATCH, acdc, digits, network, session, settings, train, weigh
 from sparsetwin import ACDC, SNIP, schedules
 from sparsetwin.errors import ConfigError
 from sparsetwin.methods import STR, Method
+from sparsetwin.models import gpt
 from sparsetwin.schedules import phases
+from sparsetwin.targets import Targets
 from sparsetwin.training import LearningRateSettings, OptimizerSettings, Session
+from sparsetwin.training.optimizers import make_optimizers
 
 DENSE_THEN_SPARSE = ((6, 0.0), (66, 0.9))
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -165,7 +168,7 @@ class TestOptimizers:
         assert_exactly_sparse(trained, sparsity=0.5)
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
-    def test_muon_takes_the_matrices_and_adamw_the_rest(self) -> None:
+    def test_muon_takes_hidden_matrices_and_adamw_the_rest(self) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         given = OptimizerSettings(name="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.01)
         trained = session(acdc((30, 0.0), (15, 0.5), (15, 0.0), (40, 0.5)), settings(optimizer=given), model=model)
@@ -187,14 +190,37 @@ class TestOptimizers:
         assert 0.01 < trained.sparsifier.sparsity() < 1
 
     def test_learned_thresholds_without_an_optimizer_that_takes_them_are_refused(self) -> None:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Linear(64, 10, bias=False))
+        model[2].requires_grad_(False)
         method = STR(schedule=schedules.constant(sparsity=0.5, total_steps=10))
+        given = settings(optimizer=OptimizerSettings(name="muon"))
         with pytest.raises(ConfigError, match=r"STR learns parameters that are no matrices.*Muon"):
-            session(method, settings(optimizer=OptimizerSettings(name="muon")), model=model)
+            Session(model, method, targets=Targets(dense_last=True), settings=given, seed=0)
 
-    def test_muon_without_a_matrix_is_refused(self) -> None:
-        model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
-        with pytest.raises(ConfigError, match="no matrix that Muon could update"):
+    def test_muon_leaves_embeddings_and_the_output_head_to_adamw(self) -> None:
+        model = gpt(9, context=4, layers=2, heads=1, width=8)
+        muon, adamw = make_optimizers(model, OptimizerSettings(name="muon"))
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        updated = [names[parameter] for parameter in muon.param_groups[0]["params"]]
+        assert updated == [name for name in names.values() if name.startswith("blocks") and "weight" in name
+                           and model.get_parameter(name).ndim == 2]  # fmt: skip
+        others = {names[parameter] for parameter in adamw.param_groups[0]["params"]}
+        assert {"token_embedding.weight", "position_embedding.weight", "head.weight"} < others
+        assert len(updated) + len(others) == len(names)
+
+    def test_a_head_that_is_tied_to_an_embedding_is_the_head(self) -> None:
+        model = gpt(9, context=4, layers=1, heads=1, width=8)
+        whole = make_optimizers(model, OptimizerSettings(name="muon"))[0].param_groups[0]["params"]
+        model.head.weight = model.token_embedding.weight
+        assert make_optimizers(model, OptimizerSettings(name="muon"))[0].param_groups[0]["params"] == whole
+
+    @pytest.mark.parametrize(
+        "model",
+        [nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), network(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))],
+        ids=["convolution", "convolution and head", "head"],
+    )
+    def test_muon_without_a_hidden_matrix_is_refused(self, model: nn.Module) -> None:
+        with pytest.raises(ConfigError, match="no hidden matrix that Muon could update"):
             session(acdc((10, 0.0)), settings(optimizer=OptimizerSettings(name="muon")), model=model)
 
     def test_the_learning_rate_of_each_group_follows_the_schedule(self) -> None:

@@ -15,7 +15,8 @@ class OptimizerSettings:
     """Which optimizer, and its own settings; fields that it does not have are ignored."""
 
     name: OptimizerName = "sgd"
-    """sgd, adam, adamw, nadam, rmsprop, adagrad, or muon (hidden matrices by Muon, the rest by AdamW)."""
+    """sgd, adam, adamw, nadam, rmsprop, adagrad, or muon (hidden matrices by Muon; embeddings, the last linear layer
+    and all that is no matrix, such as convolutions, by AdamW)."""
     lr: float = 0.1
     """Base learning rate, which the learning-rate schedule multiplies."""
     momentum: float = 0.9
@@ -29,7 +30,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     """Term added to the denominator of adam, adamw, nadam and rmsprop."""
     muon_lr: float = 0.02
-    """Base learning rate of the matrices that muon updates; lr is then AdamW's."""
+    """Base learning rate of the hidden matrices, which muon updates; lr is then AdamW's."""
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "lr", "momentum", "weight_decay", "eps", "muon_lr")
