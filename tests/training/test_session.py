@@ -293,7 +293,7 @@ def test_the_batches_of_these_tests_are_full() -> None:
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["snip", "acdc"])
 def test_gradients_of_several_optimizers_are_unscaled_before_weights_are_ranked(name: str, clip_norm: float) -> None:
-    """Muon's matrix is in the second optimizer, and the scale of 65,536 would put all its weights first."""
+    """The scale of 65,536 would put all weights of the second optimizer first: convolution and head, beside Muon's."""
     muon = OptimizerSettings(name="muon", lr=0.01, weight_decay=0.0)
     inputs, labels = next(iter(digits().train.epoch(0)))
     kept: dict[str, dict[str, torch.Tensor]] = {}
@@ -302,7 +302,12 @@ def test_gradients_of_several_optimizers_are_unscaled_before_weights_are_ranked(
             method: Method = SNIP(schedule=phases([(10, 0.9)]))
         else:
             method = ACDC(schedule=phases([(1, 0.0), (9, 0.9)]), score="fisher")
-        trained = session(method, settings(optimizer=muon, precision=precision, clip_norm=clip_norm))
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(),
+            nn.Linear(32, 10),
+        )  # fmt: skip
+        trained = session(method, settings(optimizer=muon, precision=precision, clip_norm=clip_norm), model=model)
         while trained.steps < 1 or not trained.sparsifier.masks:  # a step that overflows is done again
             trained.step(inputs, labels)
         kept[precision] = dict(trained.sparsifier.masks)
