@@ -7,9 +7,7 @@ opens.
 """
 
 import copy
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from sparsetwin.checkpoint import JSON, Member, Pair, load_sparse, save_sparse
 from sparsetwin.errors import CheckpointError, StateError, UsageError
 from sparsetwin.integrations._card import model_card
+from sparsetwin.integrations._folder import CARD, check_replaceable, replace_folder
 from sparsetwin.integrations._gathered import is_sharded_model
 from sparsetwin.masking import Masks, SparseView, count_pruned_nonzero
 from sparsetwin.methods import Method
@@ -43,7 +42,8 @@ def save_pretrained(
 
     Args:
         model: The bare model.
-        folder: The folder; it is replaced as a whole, only when the new one is complete.
+        folder: A folder of its own, not the run's: what an earlier call wrote is replaced as a whole, only when the
+            new one is complete. What ``processor`` writes counts as written by it.
         view: The `Sparsifier`: its masks say what is kept.
         bitmask: Write the sparse form instead of ``model.safetensors``.
         metrics: Finite numbers for the card.
@@ -52,8 +52,10 @@ def save_pretrained(
 
     Raises:
         StateError: If a pruned weight is not zero.
-        UsageError: If the model is sharded; `Pair` keeps halves of such runs, and `save_pair` writes their folders.
+        UsageError: If the folder holds anything else, which is then untouched. If the model is sharded; `Pair` keeps
+            halves of such runs, and `save_pair` writes their folders.
     """
+    check_replaceable([Path(folder)], processor=processor)
     if is_sharded_model(model):
         raise UsageError("the model is sharded; save a half in a Pair with the trainer's adapter, then call save_pair")
     tensors, masks = model.state_dict(), view.masks
@@ -87,7 +89,8 @@ def save_pair(
     Args:
         pair: The pair.
         model: A model of the same architecture; its weights do not matter and are not changed.
-        folder: Where to; by default the pair's own, so that ``pair/sparse`` stands beside ``pair/pair.json``.
+        folder: Where to; by default the pair's own, so that ``pair/sparse`` stands beside ``pair/pair.json``. Folders
+            of the members' names in it are replaced as `save_pretrained` does, and nothing else is touched.
         bitmask: Write the sparse form for members that have masks.
         method: For the cards.
         processor: A tokenizer or image processor to save beside each.
@@ -97,9 +100,11 @@ def save_pair(
 
     Raises:
         CheckpointError: If a file of the pair is damaged.
+        UsageError: If a member's folder holds anything else; no folder is written then.
     """
     pair.verify()
     root = pair.folder if folder is None else Path(folder)
+    check_replaceable([root / name for name in pair.members], processor=processor)
     for name, member in pair.members.items():
         stored = load_sparse(pair.folder / member.file)
         is_packed = bitmask and bool(stored.masks)
@@ -157,7 +162,7 @@ def write_card(folder: Path, member: Member, *, model: PreTrainedModel, method: 
     text = model_card(
         member, architecture=type(model).__name__, method=method, is_packed=(folder / SPARSE_FILE).exists()
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def _write(
@@ -192,22 +197,7 @@ def _write(
             processor.save_pretrained(temporary)
         write_card(temporary, member, model=shell, method=method)
 
-    _replace_folder(folder, fill)
-
-
-def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder, then put it in the old one's place; a stop in between leaves one of them whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        fill(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    replace_folder(folder, fill)
 
 
 def _unsharded(model: PreTrainedModel) -> PreTrainedModel:

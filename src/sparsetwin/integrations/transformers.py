@@ -27,6 +27,7 @@ from sparsetwin.checkpoint import CheckpointStore, Pair
 from sparsetwin.errors import CheckpointError, UsageError
 from sparsetwin.integrations import hub
 from sparsetwin.integrations._backward import MaskedBackward
+from sparsetwin.integrations._folder import check_replaceable
 from sparsetwin.integrations._gathered import WholeState, group_of_copies, refuse_left_out_sharding
 from sparsetwin.integrations._halves import HalfKeeper, compares, half_of, half_of_metric
 from sparsetwin.integrations.lengths import MethodFactory, ScheduleFactory, build_method
@@ -122,6 +123,9 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module = given["model"]
         _refuse_unsupported(args, state, given["lr_scheduler"])
         refuse_left_out_sharding(model, asked=bool(getattr(args, "fsdp", None)))
+        pair = Path(self._pair_folder or Path(args.output_dir) / "pair")
+        if isinstance(model, PreTrainedModel):  # here, and not only when training ends
+            check_replaceable([pair / "dense", pair / "sparse"], processor=given.get("processing_class"))
         self._detach()
         total_steps = state.max_steps
         method = build_method(
@@ -134,7 +138,7 @@ class SparsifierCallback(TrainerCallback):  # type: ignore[misc]
         group = group_of_copies(model)
         self._sparsifier = Sparsifier(method, model, given["optimizer"], targets=targets, seed=self._seed, group=group)
         self._backward = MaskedBackward(self._sparsifier)
-        self._halves = HalfKeeper(self._pair_folder or Path(args.output_dir) / "pair")
+        self._halves = HalfKeeper(pair)
         if state.global_step:
             inside = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._load(Path(self._resume_from or inside), model, step=state.global_step)
