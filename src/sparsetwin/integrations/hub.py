@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sparsetwin.checkpoint import JSON, Member, Pair, load_sparse, save_sparse
 from sparsetwin.errors import CheckpointError, StateError, UsageError
@@ -26,6 +26,7 @@ from sparsetwin.masking import Masks, SparseView, count_pruned_nonzero
 from sparsetwin.methods import Method
 
 SPARSE_FILE = "sparse.safetensors"
+GENERATION_FILE = "generation_config.json"
 
 
 def save_pretrained(
@@ -123,7 +124,9 @@ def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedMo
         model_class: A model class or an Auto class; by default the class that was saved.
 
     Returns:
-        The model in evaluation mode, on the CPU, pruned weights exactly zero.
+        The model in evaluation mode, on the CPU, pruned weights exactly zero, with its generation settings. The sparse
+        form gives every tensor the dtype that it was saved with; transformers opens ``model.safetensors`` in one
+        dtype, that of ``config.json``.
 
     Raises:
         CheckpointError: If there is no configuration or no weights, or they are damaged.
@@ -136,15 +139,13 @@ def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedMo
     chosen = _saved_class(config, folder) if model_class is None else model_class
     if not (folder / SPARSE_FILE).is_file():
         return chosen.from_pretrained(folder)
-    tensors = load_sparse(folder / SPARSE_FILE).tensors
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away
-        model: PreTrainedModel = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    with torch.device("cpu"):  # whatever the default is
+        tensors = load_sparse(folder / SPARSE_FILE).tensors
+        model = _built(chosen, config)
     _check_fits(model, tensors, folder)
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype != tensors[name].dtype and tensor.is_floating_point():
-            model.to(dtype=tensors[name].dtype)
-            break
-    model.load_state_dict(tensors)
+    _assign(model, tensors)
+    if model.can_generate() and (folder / GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
@@ -187,6 +188,7 @@ def _write(
         if bitmask:
             config = copy.deepcopy(shell.config)
             config.architectures = [type(shell).__name__]
+            config.dtype = _dtype_of(shell, tensors)
             config.save_pretrained(temporary)
             if shell.can_generate() and getattr(shell, "generation_config", None) is not None:
                 shell.generation_config.save_pretrained(temporary)
@@ -221,6 +223,44 @@ def _saved_class(config: Any, folder: Path) -> Any:
     if found is None:
         raise CheckpointError(f"{folder} was saved from {names or 'an unknown class'}; pass model_class=")
     return found
+
+
+def _built(chosen: Any, config: Any) -> PreTrainedModel:
+    """Return a model with any weights, its other buffers as transformers makes them when it opens such a folder."""
+    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype or default)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away
+            model: PreTrainedModel = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
+    finally:
+        torch.set_default_dtype(default)
+    return model
+
+
+def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give every parameter and buffer its tensor itself, dtype included; parameters that are one stay one.
+
+    Args:
+        model: Its tied weights are untied where the tensors differ, as they were when they were saved.
+        tensors: By the names of its ``state_dict``, on the CPU.
+    """
+    owners: dict[int, str] = {}
+    given: dict[str, Tensor] = {}
+    for name, old in model.state_dict(keep_vars=True).items():
+        owner = owners.setdefault(id(old), name)
+        if owner != name and torch.equal(tensors[owner], tensors[name]):
+            given[name] = given[owner]
+        elif isinstance(old, nn.Parameter):
+            given[name] = nn.Parameter(tensors[name], requires_grad=old.requires_grad)
+        else:
+            given[name] = tensors[name]
+    model.load_state_dict(given, assign=True)
+
+
+def _dtype_of(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that transformers calls the model's: of the first parameter with a floating-point one."""
+    return next(tensors[name].dtype for name, _ in model.named_parameters() if tensors[name].is_floating_point())
 
 
 def _check_fits(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
