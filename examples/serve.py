@@ -55,6 +55,8 @@ class Images:
             with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as image:
                 if image.size != (width, height):  # known before a pixel is decoded
                     raise HTTPException(422, f"expected {width} x {height} pixels, got {image.width} x {image.height}")
+                if image.mode.startswith(("I", "F")):  # converting would cut what is above 255 off
+                    raise HTTPException(422, f"expected 8 bits a channel, got a picture of mode {image.mode}")
                 decoded = image.convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise HTTPException(400, "this is no whole PNG or JPEG image") from error

@@ -138,6 +138,13 @@ def test_a_png_gets_the_answer_of_its_pixels(served):
         assert served.predict(as_file(pixels, "PNG"), "image/png") == served.predict(as_json(pixels))
 
 
+def test_a_png_of_one_bit_a_pixel_gets_the_answer_of_its_pixels(served):
+    rows = bytes(0b10110010 ^ row for row in range(8))
+    pixels = torch.tensor([[255 * (row >> shift & 1) for shift in range(7, -1, -1)] for row in rows])
+    file = png(8, 1, b"".join(b"\0" + rows[row : row + 1] for row in range(8)))
+    assert served.predict(file, "image/png") == served.predict(as_json(pixels.reshape(1, 8, 8)))
+
+
 def test_a_jpeg_gets_the_answer_of_what_it_shows(served):
     from PIL import Image
 
@@ -158,14 +165,24 @@ def test_health_tells_what_is_expected(served):
     assert served.ask("GET", "/health") == (200, {"status": "ok", "input": [1, 8, 8], "workers": 2})
 
 
-def huge_png(side: int) -> bytes:
-    """A small file that says that it is a very large picture."""
+def png(side: int, bits: int, pixels: bytes) -> bytes:
+    """A grey picture of so many bits a pixel, each of its rows with a zero before it."""
 
     def part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(b"\0" * 64)) + part(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", side, side, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(pixels)) + part(b"IEND", b"")
+
+
+def huge_png(side: int) -> bytes:
+    """A small file that says that it is a very large picture."""
+    return png(side, 8, b"\0" * 64)
+
+
+def deep_png() -> bytes:
+    """A ramp from 0 to 65535."""
+    return png(8, 16, b"".join(b"\0" + struct.pack(">8H", *range(row * 8 * 1040, 65536, 1040)[:8]) for row in range(8)))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,7 @@ def huge_png(side: int) -> bytes:
         (b"", "image/jpeg", 400, "no whole PNG or JPEG"),
         (as_file(DIGITS[0], "PNG")[:60], "image/png", 400, "no whole PNG or JPEG"),
         (as_file(DIGITS[0], "JPEG")[:200], "image/jpeg", 400, "no whole PNG or JPEG"),
+        (deep_png(), "image/png", 422, "8 bits a channel, got a picture of mode I;16"),
         (huge_png(9), "image/png", 422, "8 x 8 pixels, got 9 x 9"),
         (huge_png(60_000), "image/png", 400, "no whole PNG or JPEG"),
         (b"x" * (1 << 20) + b"x", "application/json", 413, "at most 1048576 bytes"),
