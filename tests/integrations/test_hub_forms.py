@@ -8,6 +8,7 @@ import torch
 from hf_runs import same, transformers
 
 import sparsetwin as st
+from sparsetwin.errors import StateError, UsageError
 from sparsetwin.integrations import hub
 from sparsetwin.integrations.transformers import default_targets
 
@@ -101,3 +102,42 @@ def test_the_sparse_form_opens_on_the_cpu_whatever_the_default_device_is(tmp_pat
         opened = hub.from_pretrained(tmp_path)
     assert {tensor.device.type for tensor in (*opened.parameters(), *opened.buffers())} == {"cpu"}
     assert torch.equal(logits(opened), logits(model))
+
+
+@pytest.mark.parametrize("bitmask", [False, True])
+def test_a_pair_is_opened_in_its_own_dtype_whatever_the_given_model_has(tmp_path: Path, bitmask: bool):
+    model = llama().float()
+    pair = st.Pair(tmp_path / "pair")
+    pair.save(model, sparse(model))
+    given = llama()
+    hub.save_pair(pair, given, folder=tmp_path, bitmask=bitmask)
+    opened = hub.from_pretrained(tmp_path / "sparse")
+    assert same(dict(opened.state_dict()), dict(model.state_dict()))
+    assert opened.config.dtype == torch.float32
+    assert given.dtype == torch.bfloat16
+
+
+def test_a_pair_of_another_architecture_is_refused(tmp_path: Path):
+    model = llama()
+    pair = st.Pair(tmp_path / "pair")
+    pair.save(model, sparse(model))
+    config = {**model.config.to_dict(), "num_hidden_layers": 3}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    with pytest.raises(StateError, match=r"member sparse does not fit LlamaForCausalLM: model\.layers\.2.* missing"):
+        hub.save_pair(pair, other)
+    assert not (tmp_path / "pair" / "sparse").exists()
+
+
+def test_only_the_bare_model_that_was_pruned_is_saved(tmp_path: Path):
+    model = llama()
+    sparsifier = sparse(model)
+    pair = st.Pair(tmp_path / "pair")
+    pair.save(model, sparsifier)
+    wrapped: Any = torch.nn.DataParallel(model)
+    with pytest.raises(UsageError, match="bare model of transformers, got DataParallel"):
+        hub.save_pretrained(wrapped, tmp_path / "a", view=sparsifier)
+    with pytest.raises(UsageError, match="bare model of transformers, got DataParallel"):
+        hub.save_pair(pair, wrapped)
+    with pytest.raises(UsageError, match=r"no model\.layers\.0\.self_attn\.q_proj\.weight in LlamaModel"):
+        hub.save_pretrained(model.model, tmp_path / "a", view=sparsifier)
+    assert not (tmp_path / "a").exists()

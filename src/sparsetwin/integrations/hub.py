@@ -53,13 +53,17 @@ def save_pretrained(
 
     Raises:
         StateError: If a pruned weight is not zero.
-        UsageError: If the folder holds anything else, which is then untouched. If the model is sharded; `Pair` keeps
-            halves of such runs, and `save_pair` writes their folders.
+        UsageError: If the folder holds anything else, which is then untouched. If the model is another one, wrapped or
+            sharded; `Pair` keeps halves of sharded runs, and `save_pair` writes their folders.
     """
     check_replaceable([Path(folder)], processor=processor)
     if is_sharded_model(model):
         raise UsageError("the model is sharded; save a half in a Pair with the trainer's adapter, then call save_pair")
+    _check_bare(model)
     tensors, masks = model.state_dict(), view.masks
+    unknown = [name for name in view.target_names if name not in tensors]
+    if unknown:
+        raise UsageError(f"there is no {unknown[0]} in {type(model).__name__}; expected the model that was pruned")
     sizes = {name: tensors[name].numel() for name in view.target_names}
     targets = sum(sizes.values())
     kept = sum(int(masks[name].sum()) if name in masks else size for name, size in sizes.items())
@@ -89,7 +93,7 @@ def save_pair(
 
     Args:
         pair: The pair.
-        model: A model of the same architecture; its weights do not matter and are not changed.
+        model: A bare model of the same architecture; its weights and their dtype do not matter and are not changed.
         folder: Where to; by default the pair's own, so that ``pair/sparse`` stands beside ``pair/pair.json``. Folders
             of the members' names in it are replaced as `save_pretrained` does, and nothing else is touched.
         bitmask: Write the sparse form for members that have masks.
@@ -101,8 +105,10 @@ def save_pair(
 
     Raises:
         CheckpointError: If a file of the pair is damaged.
-        UsageError: If a member's folder holds anything else; no folder is written then.
+        StateError: If a member's tensors are not those of the model.
+        UsageError: If a member's folder holds anything else; no folder is written then. If the model is wrapped.
     """
+    _check_bare(model)
     pair.verify()
     root = pair.folder if folder is None else Path(folder)
     check_replaceable([root / name for name in pair.members], processor=processor)
@@ -142,7 +148,7 @@ def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedMo
     with torch.device("cpu"):  # whatever the default is
         tensors = load_sparse(folder / SPARSE_FILE).tensors
         model = _built(chosen, config)
-    _check_fits(model, tensors, folder)
+    _check_fits(model, tensors, what=str(folder))
     _assign(model, tensors)
     if model.can_generate() and (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -183,18 +189,19 @@ def _write(
         raise StateError(f"{alive[name]} pruned weights of {name} are not zero; the masks belong to other weights")
 
     shell = _unsharded(model)
+    _check_fits(shell, tensors, what=f"member {member.name}")
 
     def fill(temporary: Path) -> None:
         if bitmask:
-            config = copy.deepcopy(shell.config)
-            config.architectures = [type(shell).__name__]
-            config.dtype = _dtype_of(shell, tensors)
-            config.save_pretrained(temporary)
             if shell.can_generate() and getattr(shell, "generation_config", None) is not None:
                 shell.generation_config.save_pretrained(temporary)
             save_sparse(temporary / SPARSE_FILE, tensors, masks, card={"kept": member.kept, "targets": member.targets})
         else:
-            shell.save_pretrained(temporary, state_dict=tensors)
+            shell.save_pretrained(temporary, state_dict=dict(tensors))
+        config = copy.deepcopy(shell.config)  # transformers would write the shell's dtype and open the weights in it
+        config.architectures = [type(shell).__name__]
+        config.dtype = _dtype_of(shell, tensors)
+        config.save_pretrained(temporary)
         if processor is not None:
             processor.save_pretrained(temporary)
         write_card(temporary, member, model=shell, method=method)
@@ -263,13 +270,18 @@ def _dtype_of(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> torch.dt
     return next(tensors[name].dtype for name, _ in model.named_parameters() if tensors[name].is_floating_point())
 
 
-def _check_fits(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _check_bare(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"expected the bare model of transformers, got {type(model).__name__}; unwrap it first")
+
+
+def _check_fits(model: PreTrainedModel, tensors: Mapping[str, Tensor], *, what: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     different = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
     if different:
         name = different[0]
         raise StateError(
-            f"{folder} does not fit {type(model).__name__}: {name} is {given.get(name, 'missing')}, the model's "
+            f"{what} does not fit {type(model).__name__}: {name} is {given.get(name, 'missing')}, the model's "
             f"{expected.get(name, 'does not exist')} ({len(different)} differ)"
         )
