@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sparsetwin.checkpoint import JSON, Member, Pair, load_sparse, save_sparse
-from sparsetwin.errors import CheckpointError, StateError, UsageError
+from sparsetwin.errors import StateError, UsageError
 from sparsetwin.integrations._card import model_card
 from sparsetwin.integrations._folder import CARD, check_replaceable, replace_folder
 from sparsetwin.integrations._gathered import is_sharded_model
+from sparsetwin.integrations._opening import assign, build, check_fits, open_plain, read_config, saved_class
 from sparsetwin.masking import Masks, SparseView, count_pruned_nonzero
 from sparsetwin.methods import Method
 
@@ -127,7 +127,8 @@ def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedMo
 
     Args:
         folder: As `save_pretrained` or `save_pair` wrote it.
-        model_class: A model class or an Auto class; by default the class that was saved.
+        model_class: A model class or an Auto class; by default the class of transformers that was saved. A class of
+            your own has to be given: code that lies in the folder is not run.
 
     Returns:
         The model in evaluation mode, on the CPU, pruned weights exactly zero, with its generation settings. The sparse
@@ -135,21 +136,19 @@ def from_pretrained(folder: str | Path, model_class: Any = None) -> PreTrainedMo
         dtype, that of ``config.json``.
 
     Raises:
-        CheckpointError: If there is no configuration or no weights, or they are damaged.
-        StateError: If the tensors are not those of the model.
+        CheckpointError: If there is no configuration or no weights, they are damaged, or the class has to be given.
+        StateError: If the tensors are not those of the model: no weight is drawn at random or left out.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a folder of save_pretrained")
-    config = AutoConfig.from_pretrained(folder)
-    chosen = _saved_class(config, folder) if model_class is None else model_class
+    config = read_config(folder, model_class)
+    chosen = saved_class(config, folder) if model_class is None else model_class
     if not (folder / SPARSE_FILE).is_file():
-        return chosen.from_pretrained(folder)
+        return open_plain(chosen, folder)
     with torch.device("cpu"):  # whatever the default is
         tensors = load_sparse(folder / SPARSE_FILE).tensors
-        model = _built(chosen, config)
-    _check_fits(model, tensors, what=str(folder))
-    _assign(model, tensors)
+        model = build(chosen, config)
+    check_fits(model, tensors, what=str(folder))
+    assign(model, tensors)
     if model.can_generate() and (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -189,7 +188,7 @@ def _write(
         raise StateError(f"{alive[name]} pruned weights of {name} are not zero; the masks belong to other weights")
 
     shell = _unsharded(model)
-    _check_fits(shell, tensors, what=f"member {member.name}")
+    check_fits(shell, tensors, what=f"member {member.name}")
 
     def fill(temporary: Path) -> None:
         if bitmask:
@@ -224,47 +223,6 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
     return shell
 
 
-def _saved_class(config: Any, folder: Path) -> Any:
-    names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        raise CheckpointError(f"{folder} was saved from {names or 'an unknown class'}; pass model_class=")
-    return found
-
-
-def _built(chosen: Any, config: Any) -> PreTrainedModel:
-    """Return a model with any weights, its other buffers as transformers makes them when it opens such a folder."""
-    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype or default)
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away
-            model: PreTrainedModel = chosen.from_config(config) if hasattr(chosen, "from_config") else chosen(config)
-    finally:
-        torch.set_default_dtype(default)
-    return model
-
-
-def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Give every parameter and buffer its tensor itself, dtype included; parameters that are one stay one.
-
-    Args:
-        model: Its tied weights are untied where the tensors differ, as they were when they were saved.
-        tensors: By the names of its ``state_dict``, on the CPU.
-    """
-    owners: dict[int, str] = {}
-    given: dict[str, Tensor] = {}
-    for name, old in model.state_dict(keep_vars=True).items():
-        owner = owners.setdefault(id(old), name)
-        if owner != name and torch.equal(tensors[owner], tensors[name]):
-            given[name] = given[owner]
-        elif isinstance(old, nn.Parameter):
-            given[name] = nn.Parameter(tensors[name], requires_grad=old.requires_grad)
-        else:
-            given[name] = tensors[name]
-    model.load_state_dict(given, assign=True)
-
-
 def _dtype_of(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> torch.dtype:
     """Return the dtype that transformers calls the model's: of the first parameter with a floating-point one."""
     return next(tensors[name].dtype for name, _ in model.named_parameters() if tensors[name].is_floating_point())
@@ -273,15 +231,3 @@ def _dtype_of(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> torch.dt
 def _check_bare(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"expected the bare model of transformers, got {type(model).__name__}; unwrap it first")
-
-
-def _check_fits(model: PreTrainedModel, tensors: Mapping[str, Tensor], *, what: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    different = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
-    if different:
-        name = different[0]
-        raise StateError(
-            f"{what} does not fit {type(model).__name__}: {name} is {given.get(name, 'missing')}, the model's "
-            f"{expected.get(name, 'does not exist')} ({len(different)} differ)"
-        )
