@@ -1,6 +1,7 @@
 """What `hub.from_pretrained` opens, and what it refuses instead of filling in."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hf_runs import same, transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import sparsetwin as st
 from sparsetwin.errors import CheckpointError, StateError
@@ -140,3 +142,25 @@ def test_a_configuration_that_is_damaged_is_a_checkpoint_error(tmp_path: Path, b
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=str(tmp_path)):
             hub.from_pretrained(tmp_path)
+
+
+@BOTH
+def test_the_code_of_a_card_opens_the_whole_network(tmp_path: Path, bitmask: bool):
+    for name, model in (("bert", bert(tmp_path / "bert", bitmask=bitmask)), ("own", OwnModel(OwnConfig()))):
+        folder = tmp_path / name
+        hub.save_pretrained(model, folder, view=sparse(model), bitmask=bitmask)
+        (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+        found: dict[str, Any] = {}
+        exec(code.replace("path/to/this/folder", str(folder)), found)
+        assert type(found["model"]) is type(model)
+        assert same(dict(found["model"].state_dict()), dict(model.state_dict()))
+
+
+def test_a_card_that_is_written_anew_names_the_class_without_fsdp(tmp_path: Path):
+    model = bert(tmp_path, bitmask=False)
+    card = (tmp_path / "README.md").read_text()
+    pair = st.Pair(tmp_path / "pair")
+    member = pair.save(model, sparse(model))
+    model.__class__ = type(f"FSDP{type(model).__name__}", (FSDPModule, type(model)), {})  # as fully_shard does
+    hub.write_card(tmp_path, member, model=model, method=None)
+    assert (tmp_path / "README.md").read_text() == card

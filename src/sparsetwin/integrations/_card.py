@@ -7,12 +7,12 @@ from sparsetwin.methods import Method
 from sparsetwin.schedules import Schedule
 
 
-def model_card(member: Member, *, architecture: str, method: Method | None, is_packed: bool) -> str:
+def model_card(member: Member, *, model_class: type, method: Method | None, is_packed: bool) -> str:
     """Return the text of a card; equal networks get equal cards.
 
     Args:
         member: The network and what was measured of it.
-        architecture: Its class.
+        model_class: Its class, which opens all of its weights; Auto classes leave heads out.
         method: How it was trained.
         is_packed: Its weights are in the sparse form.
     """
@@ -27,7 +27,7 @@ def model_card(member: Member, *, architecture: str, method: Method | None, is_p
     ]
     parts = [
         "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---"]),
-        f"# {architecture}, {member.name}",
+        f"# {model_class.__name__}, {member.name}",
         _INTRODUCTION[kind],
         _table(("what", "measured"), numbers),
     ]
@@ -36,7 +36,7 @@ def model_card(member: Member, *, architecture: str, method: Method | None, is_p
         parts += ["## Evaluation", "At the end of this network's own phase:", _table(("metric", "value"), rows)]
     if method is not None:
         parts += ["## Training", f"Method: {type(method).__name__}.", _schedule(method.schedule)]
-    parts += ["## Use", _USE_PACKED if is_packed else _USE]
+    parts += ["## Use", _use(model_class, is_packed=is_packed)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -44,17 +44,26 @@ _INTRODUCTION = {
     "sparse": "The sparse half of a pair that one training run gave: its pruned weights are exactly zero.",
     "dense": "The dense half of a pair that one training run gave.",
 }
+
+
+def _use(model_class: type, *, is_packed: bool) -> str:
+    name, module = model_class.__name__, model_class.__module__
+    is_known = module.startswith("transformers.")
+    own = f"from {'transformers' if is_known else module} import {name}"
+    if not is_packed:
+        return _USE.format(imports=own, opens=f'{name}.from_pretrained("path/to/this/folder")')
+    hub = "from sparsetwin.integrations import hub"
+    given = "" if is_known else f", {name}"
+    code = _USE.format(
+        imports=hub if is_known else f"{hub}\n{own}", opens=f'hub.from_pretrained("path/to/this/folder"{given})'
+    )
+    return f"The weights are stored as one bit a weight and the kept values:\n\n{code}"
+
+
 _USE = """```python
-from transformers import AutoModel
+{imports}
 
-model = AutoModel.from_pretrained("path/to/this/folder")
-```"""
-_USE_PACKED = """The weights are stored as one bit a weight and the kept values:
-
-```python
-from sparsetwin.integrations import hub
-
-model = hub.from_pretrained("path/to/this/folder")
+model = {opens}
 ```"""
 
 

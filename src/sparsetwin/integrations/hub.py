@@ -165,9 +165,8 @@ def masks_of(folder: str | Path) -> Masks:
 
 def write_card(folder: Path, member: Member, *, model: PreTrainedModel, method: Method | None) -> None:
     """Write a folder's card anew, with the metrics that the member has now."""
-    text = model_card(
-        member, architecture=type(model).__name__, method=method, is_packed=(folder / SPARSE_FILE).exists()
-    )
+    is_packed = (folder / SPARSE_FILE).exists()
+    text = model_card(member, model_class=_whole_class(model), method=method, is_packed=is_packed)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
@@ -212,7 +211,7 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model to save whole tensors with: of a sharded one an empty twin, since its own saving gathers again."""
     if not is_sharded_model(model):
         return model
-    whole: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    whole: Any = _whole_class(model)
     config = copy.deepcopy(model.config)
     if getattr(config, "distributed_config", None) is not None:
         config.distributed_config = None
@@ -221,6 +220,11 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+def _whole_class(model: PreTrainedModel) -> type:
+    """Return the model's class, without what FSDP2 puts before it."""
+    return next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
 
 
 def _dtype_of(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> torch.dtype:
