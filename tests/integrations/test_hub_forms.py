@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_runs import same, transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sparsetwin as st
 from sparsetwin.errors import StateError, UsageError
@@ -141,3 +144,20 @@ def test_only_the_bare_model_that_was_pruned_is_saved(tmp_path: Path):
     with pytest.raises(UsageError, match=r"no model\.layers\.0\.self_attn\.q_proj\.weight in LlamaModel"):
         hub.save_pretrained(model.model, tmp_path / "a", view=sparsifier)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("bitmask", [False, True])
+def test_a_sharded_model_in_bfloat16_is_opened_in_bfloat16(tmp_path: Path, bitmask: bool):
+    model = llama()
+    sparsifier = sparse(model)
+    pair = st.Pair(tmp_path / "pair")
+    pair.save(model, sparsifier)
+    sparsifier.detach()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        hub.save_pair(pair, model, folder=tmp_path, bitmask=bitmask)
+    finally:
+        dist.destroy_process_group()
+    assert same(dict(hub.from_pretrained(tmp_path / "sparse").state_dict()), weights)
