@@ -90,6 +90,13 @@ def test_the_file_carries_where_the_data_are_from(cli: Commands, run: Path) -> N
     assert notes["half"] == "sparse"
 
 
+def test_the_card_of_a_file_has_the_numbers_of_the_half(cli: Commands, run: Path) -> None:
+    assert cli.run("export", run, "--to", "safetensors", "--out", "m").code == 0
+    original, card = (read_card(path) for path in (run / "pair" / "sparse.safetensors", cli.folder / "m"))
+    assert isinstance(original["sparsity"], float)
+    assert card == {**original, "half": "sparse"}
+
+
 def test_the_dense_half_is_exported_too(cli: Commands, run: Path) -> None:
     pair = Pair(run / "pair")
     half = next(name for name, member in pair.members.items() if member.kept == member.targets)

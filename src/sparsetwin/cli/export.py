@@ -165,7 +165,7 @@ def _write(args: Export, source: _Source) -> str:
         if not weights.masks:
             raise ExportError(f"{source.name} has no pruned weights; 2:4 is for a sparse one")
         check_two_four(weights.tensors, names=list(weights.masks))
-    card: dict[str, JSON] = {**weights.card, **{key: value for key, value in source.notes.items() if value}}
+    card: dict[str, JSON] = {**{key: value for key, value in source.notes.items() if value}, **weights.card}
     save_sparse(args.out, weights.tensors, weights.masks, card=card, values=args.values)
     return "all pruned weights are 2:4" if args.to == "2:4" else ""
 
