@@ -109,6 +109,27 @@ def test_the_dense_half_is_exported_too(cli: Commands, run: Path) -> None:
     assert "has no pruned weights; 2:4 is for a sparse one" in refused.error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "safetensors", "--values", "int8"), "leave --values out, which writes a plain file of safetensors"),
+        (("--to", "sparse-bitmask"), "sparse-bitmask is for a sparse one; take safetensors"),
+    ],
+)
+def test_forms_of_sparse_weights_are_refused_for_a_half_without_any(
+    cli: Commands, run: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    pair = Pair(run / "pair")
+    half = next(name for name, member in pair.members.items() if member.kept == member.targets)
+    assert cli.run("export", run, "--half", half, "--to", "safetensors", "--out", "dense").code == 0
+    for source in ((run, "--half", half), (cli.folder / "dense",)):
+        done = cli.run("export", *source, *arguments, "--out", "m")
+        assert done.code == 1
+        assert "has no pruned weights" in done.error
+        assert message in done.error
+        assert cli.entries() == ["dense"]
+
+
 def test_files_are_converted_both_ways_without_the_run(cli: Commands, run: Path) -> None:
     original = run / "pair" / "sparse.safetensors"
     assert cli.run("export", original, "--to", "sparse-bitmask", "--out", "legacy").code == 0

@@ -53,7 +53,7 @@ class Export:
     half: str = "sparse"
     """Member of the pair: sparse, dense, or another that the run saved, such as sparse-best."""
     values: Values = "exact"
-    """How safetensors and 2:4 store kept values; int8 has one scale for each output of a layer."""
+    """How safetensors and 2:4 store the kept values of a sparse half; int8 has one scale for each output of a layer."""
     opset: int = 18
     """Version of ONNX's operators."""
     data: DataPath = None
@@ -158,16 +158,29 @@ def _write(args: Export, source: _Source) -> str:
             )
         model, example = source.traced()
         return _trace(args, model, example, source)
+    if not weights.masks:
+        _check_dense(args, source)
     if args.to == "sparse-bitmask":
         save_sparse_bitmask(args.out, weights.tensors, weights.masks)
         return ""
     if args.to == "2:4":
-        if not weights.masks:
-            raise ExportError(f"{source.name} has no pruned weights; 2:4 is for a sparse one")
         check_two_four(weights.tensors, names=list(weights.masks))
     card: dict[str, JSON] = {**{key: value for key, value in source.notes.items() if value}, **weights.card}
     save_sparse(args.out, weights.tensors, weights.masks, card=card, values=args.values)
     return "all pruned weights are 2:4" if args.to == "2:4" else ""
+
+
+def _check_dense(args: Export, source: _Source) -> None:
+    """Refuse, for weights of which none is pruned, what is said of pruned ones alone."""
+    if args.to == "2:4":
+        raise ExportError(f"{source.name} has no pruned weights; 2:4 is for a sparse one")
+    if args.to == "sparse-bitmask":
+        raise ExportError(f"{source.name} has no pruned weights; sparse-bitmask is for a sparse one; take safetensors")
+    if args.values != "exact":
+        raise ExportError(
+            f"{source.name} has no pruned weights, and --values {args.values} is how the kept ones of a sparse one are "
+            "stored; leave --values out, which writes a plain file of safetensors"
+        )
 
 
 def _trace(args: Export, model: nn.Module, example: Tensor, source: _Source) -> str:
