@@ -157,6 +157,13 @@ class TestOtherSchedules:
         with pytest.raises(ConfigError, match=message):
             built(method, **fields)
 
+    @pytest.mark.parametrize("lengths", [(0.05, 0.55, 0.3, 0.1), (0.1,) * 10, (0.3, 0.3, 0.3999999999)])
+    def test_phases_in_fractions_fill_the_run_though_their_sum_is_rounded(self, lengths):
+        given = tuple((length, 0.9 * (index % 2)) for index, length in enumerate(lengths))
+        found = built("acdc", unit="fractions", phases=given).schedule
+        assert found.total_steps == 1000
+        assert [phase.steps for phase in found.phases] == [round(1000 * length) for length in lengths]
+
     def test_a_published_schedule_of_the_recipe_is_acdcs_alone(self):
         recipe = find_recipe("imagenet-resnet50")
         assert recipe.schedule.paper == "imagenet-100"

@@ -156,8 +156,9 @@ class ScheduleSettings:
                 f"the phases of --schedule.phases add up to {given:g} {self.unit}, the run has {run:g}; "
                 "make them equal (--epochs is the length of the run)"
             )
-        ends = [self._steps(sum(length for length, _ in self.phases[:count]), steps_per_epoch, epochs)
-                for count in range(len(self.phases) + 1)]  # fmt: skip
+        starts = [sum(length for length, _ in self.phases[:count]) for count in range(len(self.phases))]
+        places = [*starts, run]  # the sum of all lengths may miss it by its rounding
+        ends = [self._steps(place, steps_per_epoch, epochs) for place in places]
         lengths = [end - start for start, end in pairwise(ends)]
         return phases((steps, sparsity) for steps, (_, sparsity) in zip(lengths, self.phases, strict=True))
 
