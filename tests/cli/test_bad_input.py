@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import SHORT, TINY, Commands, events, outcome
 
+from sparsetwin.cli._recipe_flags import split_name
+
 WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "command": (("trian",), "unknown command 'trian'; known: train, resume"),
     "recipe": (("train", "digit"), "unknown recipe 'digit'; known: digits, cifar10-resnet20"),
@@ -78,6 +80,21 @@ def test_bad_input_gets_one_clear_message_and_leaves_nothing(cli: Commands, name
 def test_a_recipe_is_also_found_behind_its_options(cli: Commands) -> None:
     done = cli.run("train", "--out", "run", "--quiet", "cifar10-resnet20", "--data", "nowhere")
     assert "nowhere is not a folder; expected one with Parquet shards" in done.error
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["--fsdp", "--dense-finetune", "--no-dense-finetune", "--qat", "--train.compile", "--train.no_compile",
+     "--dataset.no-augment", "--optimizer.nesterov", "--targets.dense_first", "--method.qat", "--json"],
+)  # fmt: skip
+def test_a_recipe_is_found_behind_every_switch(cli: Commands, switch: str) -> None:
+    done = cli.run("train", "--out", "run", switch, "cifar10-resnet20", "--data", "nowhere")
+    assert "--fsdp shards" in done.error if switch == "--fsdp" else "nowhere is not a folder" in done.error
+
+
+def test_a_recipes_name_that_is_the_value_of_an_option_is_no_recipe() -> None:
+    for option in ("--out", "--data", "--pretrained", "--schedule.paper", "--train.teacher"):
+        assert split_name(["--quiet", option, "digits"]) == (None, ["--quiet", option, "digits"])
 
 
 @pytest.mark.parametrize("kind", ["run", "full", "file", "beneath a file", "link", "nowhere"])

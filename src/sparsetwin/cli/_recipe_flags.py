@@ -1,8 +1,11 @@
 """What ``train`` and ``schedule`` share: a recipe by name, overridden field by field."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import get_type_hints
 
+from sparsetwin.data import SOURCES
 from sparsetwin.methods import BATCHES_AFTER_CUT
 from sparsetwin.recipes import RECIPES, ModelSettings, Recipe, ScheduleSettings, leaves_dense_half
 
@@ -19,7 +22,7 @@ _SHORT_SCHEDULE = {
     f"--{field.name.replace('_', '-')}": f"--schedule.{field.name.replace('_', '-')}"
     for field in dataclasses.fields(ScheduleSettings)
 }
-_SWITCHES = ("--quiet", "--json", "--qat")
+_OWN_SWITCHES = ("--quiet", "--json")  # of the commands themselves
 
 
 def split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -27,8 +30,8 @@ def split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
     It stands first; a known recipe's name is also found behind options, unless it is the value of one.
 
-    >>> split_name(["--epochs", "3", "digits", "--quiet"])
-    ('digits', ['--epochs', '3', '--quiet'])
+    >>> split_name(["--epochs", "3", "--train.compile", "digits", "--quiet"])
+    ('digits', ['--epochs', '3', '--train.compile', '--quiet'])
     """
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):
@@ -40,8 +43,28 @@ def split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _takes_value(argument: str) -> bool:
-    is_switch = argument in _SWITCHES or argument.startswith("--no-") or ".no-" in argument
-    return argument.startswith("-") and "=" not in argument and not is_switch
+    return argument.startswith("-") and "=" not in argument and argument.replace("_", "-") not in _switches()
+
+
+@cache
+def _switches() -> frozenset[str]:
+    """Return all flags that take no value."""
+    fields = {*_fields_of_kind_bool(Recipe, "")}
+    for cls in SOURCES.values():
+        fields |= {*_fields_of_kind_bool(cls, "dataset.")}
+    both = {f"--{path}{no}{name}" for path, name in fields for no in ("", "no-")}
+    return frozenset({*_OWN_SWITCHES, *both, *(short for short, long in _SHORT.items() if long in both)})
+
+
+def _fields_of_kind_bool(cls: type, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the path to each such field and the field's name, both as flags have them."""
+    for name, kind in get_type_hints(cls).items():
+        dashed = name.replace("_", "-")
+        if kind is bool:
+            yield path, dashed
+        elif dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from _fields_of_kind_bool(kind, f"{path}{dashed}.")
 
 
 def long_flags(arguments: Sequence[str], *, with_schedule: bool = False) -> list[str]:
