@@ -155,6 +155,17 @@ class TestTasks:
             ]
             assert longer.learning_rate.milestones == tuple(3 * m for m in recipe.learning_rate.milestones)
 
+    def test_the_ramp_into_a_published_schedule_is_stretched_with_its_phases(self):
+        recipe = changed(find_recipe("cifar100-wrn28-10"), {"schedule.ramp": 1.0})
+        short, long = (
+            r.method.build(r.schedule, steps_per_epoch=30, epochs=r.train.epochs).schedule
+            for r in (recipe, lengthened(recipe, 400))
+        )
+        assert [(2 * phase.start, phase.sparsity) for phase in short.phases] == [
+            (phase.start, phase.sparsity) for phase in long.phases
+        ]
+        assert len(short.phases) > 12
+
     def test_lengths_in_steps_and_explicit_phases_are_stretched_to_whole_steps(self):
         recipe = changed(DIGITS, {"schedule.unit": "steps", "schedule.phases": ((333, 0.0), (747, 0.9))})
         longer = lengthened(recipe, 66)  # 1188 steps of 18

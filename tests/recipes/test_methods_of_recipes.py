@@ -21,6 +21,7 @@ from sparsetwin.recipes import (
     recipe_from_plain,
 )
 from sparsetwin.recipes._methods import pattern_named
+from sparsetwin.schedules import paper, phases, ramped
 
 STEPS = 100  # of an epoch
 
@@ -182,6 +183,21 @@ class TestOtherSchedules:
         assert first[-1] == 0.9
 
 
+    def test_a_ramp_goes_into_the_sparse_phases_of_published_schedules_and_of_explicit_ones(self):
+        published = built("acdc", epochs=100, paper="imagenet-100", ramp=2, ramp_prunings=3).schedule
+        plain = paper("imagenet-100", sparsity=0.9, steps_per_epoch=STEPS)
+        assert published == ramped(plain, ramp_steps=200, prunings=3)
+        assert len(published.phases) > len(plain.phases)
+        explicit = built("acdc", phases=((4.0, 0.0), (6.0, 0.8)), ramp=2).schedule
+        assert explicit == ramped(phases([(400, 0.0), (600, 0.8)]), ramp_steps=200, prunings=4)
+
+    def test_a_ramp_that_does_not_fit_is_refused_by_its_flag(self):
+        for fields in ({"phases": ((4.0, 0.0), (6.0, 0.8))}, {"unit": "fractions", "warmup": 0.1, "sparse": 0.1,
+                       "dense": 0.1, "final_dense": 0.1, "final_sparse": 0.2}):  # fmt: skip
+            with pytest.raises(ScheduleError, match=r"--schedule.ramp: a ramp of .* steps does not fit"):
+                built("acdc", ramp=0.9 if "unit" in fields else 9, **fields)
+
+
 class TestGroups:
     """N:M has a few sparsities alone, and a schedule is rounded to these."""
 
@@ -201,6 +217,10 @@ class TestGroups:
             (0, 0.0), (200, 0.25), (300, 0.5), (400, 0.0), (600, 0.25), (700, 0.5)
         ]  # fmt: skip
         assert self.build("acdc", "2:4", 0.5, **lengths) == [(0, 0.0), (200, 0.5), (400, 0.0), (600, 0.5)]
+
+    def test_a_ramp_into_explicit_phases_keeps_three_before_two(self):
+        given = ((4.0, 0.0), (6.0, 0.5))
+        assert self.build("acdc", "2:4", 0.5, phases=given, ramp=2) == [(0, 0.0), (400, 0.25), (600, 0.5)]
 
     def test_imp_takes_weights_of_every_group_in_each_round(self):
         assert [at for _, at in self.build("imp", "2:4", 0.5, rounds=2)] == [0.0, 0.0, 0.25, 0.5]

@@ -54,7 +54,8 @@ def _schedule(recipe: Recipe, factor: float) -> dict[str, Any]:
     if settings.paper is not None and settings.kind_of(recipe.method.name) == "alternating":
         short = paper(settings.paper, sparsity=settings.sparsity, steps_per_epoch=1)
         explicit = tuple((phase.steps * factor, phase.sparsity) for phase in short.phases)
-        return {"schedule.paper": None, "schedule.unit": "epochs", "schedule.phases": explicit}
+        ramp = settings.ramp * factor
+        return {"schedule.paper": None, "schedule.unit": "epochs", "schedule.phases": explicit, "schedule.ramp": ramp}
     if settings.unit == "fractions":
         return {}
 

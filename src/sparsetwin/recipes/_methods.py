@@ -107,8 +107,11 @@ class MethodSettings:
 
 def _towards(pattern: Pattern | None, made: Schedule, settings: ScheduleSettings, *, kind: Kind) -> Schedule:
     """Return the schedule on which an N:M pattern is reached, with the sparsities that its groups can have."""
-    if not isinstance(pattern, NM) or settings.phases:
+    if not isinstance(pattern, NM):
         return made
+    if settings.phases:
+        has_all = all(math.isclose(at * pattern.m, round(at * pattern.m), abs_tol=1e-9) for _, at in settings.phases)
+        return grouped(made, m=pattern.m) if settings.ramp and has_all else made
     if not math.isclose(pattern.sparsity, settings.sparsity, rel_tol=0.0, abs_tol=1e-9):
         raise ConfigError(
             f"{pattern.n}:{pattern.m} has a sparsity of {pattern.sparsity!r}, the schedule {settings.sparsity!r}; add "

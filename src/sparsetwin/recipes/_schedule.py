@@ -38,7 +38,8 @@ class ScheduleSettings:
     phases: tuple[tuple[float, float], ...] = ()
     """Explicit phases instead, as pairs of length and sparsity; 0 is dense."""
     ramp: float = 0
-    """Length of the ramp with which each sparse phase begins; 0 prunes at once."""
+    """Length of the ramp with which each sparse phase begins, be it of the lengths above, of a published schedule or
+    explicit; 0 prunes at once."""
     ramp_prunings: int = 4
     """Prunings of a ramp."""
     kind: Kind | None = None
@@ -71,18 +72,16 @@ class ScheduleSettings:
         """
         check_sparsity(self.sparsity)
         course = usual_course(method, self.kind)
-        kind = course.kind
-        self._check_places(kind)
-        if self.paper is not None and kind == "alternating":
-            return self._published(self.paper, steps_per_epoch=steps_per_epoch, epochs=epochs)
-        if self.phases:
-            return self._explicit(steps_per_epoch=steps_per_epoch, epochs=epochs)
-        if kind != "alternating":
+        self._check_places(course.kind)
+        if self.paper is not None and course.kind == "alternating":
+            made = self._published(self.paper, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        elif self.phases:
+            made = self._explicit(steps_per_epoch=steps_per_epoch, epochs=epochs)
+        elif course.kind != "alternating":
             return self._turning(course, steps_per_epoch=steps_per_epoch, epochs=epochs)
-        made = self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
-        if not self.ramp:
-            return made
-        return ramped(made, ramp_steps=self._steps(self.ramp, steps_per_epoch, epochs), prunings=self.ramp_prunings)
+        else:
+            made = self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
+        return self._ramped(made, steps_per_epoch=steps_per_epoch, epochs=epochs) if self.ramp else made
 
     def kind_of(self, method: str) -> Kind:
         """Return which kind of schedule a method gets, unless its phases are given one by one."""
@@ -106,6 +105,13 @@ class ScheduleSettings:
             raise ConfigError(
                 f"{what} no {_flags(given)}" + (f"; it has: {_flags(used)}" if used else "; leave it out")
             )
+
+    def _ramped(self, made: Schedule, *, steps_per_epoch: int, epochs: int) -> Schedule:
+        try:
+            steps = self._steps(self.ramp, steps_per_epoch, epochs)
+            return ramped(made, ramp_steps=steps, prunings=self.ramp_prunings)
+        except ScheduleError as error:
+            raise ScheduleError(f"--schedule.ramp: {error}") from error
 
     def _turning(self, course: Course, *, steps_per_epoch: int, epochs: int) -> Schedule:
         total = steps_per_epoch * epochs
