@@ -165,6 +165,54 @@ class TestOtherSchedules:
         assert found.total_steps == 1000
         assert [phase.steps for phase in found.phases] == [round(1000 * length) for length in lengths]
 
+    @pytest.mark.parametrize(
+        ("method", "fields", "message"),
+        [
+            ("gmp", {"ramp": 2.0}, "kind gradual takes no --schedule.ramp; it has: .*initial-sparsity"),
+            ("static", {"ramp": 2.0}, "kind constant takes no --schedule.ramp; leave it out"),
+            ("gmp", {"ramp_prunings": 3}, "kind gradual takes no --schedule.ramp-prunings"),
+            ("acdc", {"ramp_prunings": 3}, "--schedule.ramp-prunings is of a ramp, .*; add --schedule.ramp LENGTH"),
+            ("acdc", {"initial_sparsity": 0.5}, "kind alternating takes no --schedule.initial-sparsity; leave it out"),
+            ("rigl", {"initial_sparsity": 0.5, "rounds": 5}, "no --schedule.initial-sparsity, --schedule.rounds; it"),
+            ("gmp", {"rounds": 5, "phases": ((5.0, 0.0), (5.0, 0.9))}, "explicit phases take no --schedule.rounds"),
+            ("imp", {"rounds": 5, "kind": "oneshot"}, "kind oneshot takes no --schedule.rounds; it has: --sched"),
+        ],
+    )  # fmt: skip
+    def test_what_a_schedule_of_one_method_would_not_use_is_refused(self, method, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            ScheduleSettings(**fields).check_used(method)
+
+    @pytest.mark.parametrize(
+        ("method", "fields"),
+        [
+            ("acdc", {"ramp": 2.0, "ramp_prunings": 3}),
+            ("acdc", {"ramp": 2.0, "phases": ((5.0, 0.0), (5.0, 0.9))}),
+            ("gmp", {"initial_sparsity": 0.5, "start": 1.0}),
+            ("imp", {"rounds": 5}),
+            ("gmp", {"rounds": 5, "kind": "rounds"}),
+        ],
+    )
+    def test_what_it_uses_is_taken(self, method, fields):
+        ScheduleSettings(**fields).check_used(method)
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_uses_all_of_every_recipe(self, recipe, name):
+        find_recipe(recipe).schedule.check_used(name)
+
+    def test_another_sparsity_beside_explicit_phases_is_refused(self):
+        made = find_recipe("digits")
+        explicit = ((30.0, 0.0), (10.0, 0.8), (10.0, 0.0), (10.0, 0.5))
+
+        def check(sparsity: float) -> None:
+            schedule = dataclasses.replace(made.schedule, sparsity=sparsity, phases=explicit)
+            check_recipe(dataclasses.replace(made, schedule=schedule))
+
+        check(0.9)  # the default, which need not have been asked for
+        check(0.5)
+        with pytest.raises(ConfigError, match=r"the last 0.5, so that --schedule.sparsity 0.8 would do nothing"):
+            check(0.8)
+
     def test_a_published_schedule_of_the_recipe_is_acdcs_alone(self):
         recipe = find_recipe("imagenet-resnet50")
         assert recipe.schedule.paper == "imagenet-100"
@@ -181,7 +229,6 @@ class TestOtherSchedules:
         first = [p.sparsity for p in ramp.schedule.phases if 200 <= p.start < 400]
         assert first == sorted(first)
         assert first[-1] == 0.9
-
 
     def test_a_ramp_goes_into_the_sparse_phases_of_published_schedules_and_of_explicit_ones(self):
         published = built("acdc", epochs=100, paper="imagenet-100", ramp=2, ramp_prunings=3).schedule

@@ -92,18 +92,20 @@ def overridden(recipe: Recipe, *, default: Recipe, flags: Sequence[str]) -> Reci
     made = dataclasses.replace(
         recipe, model=_model(recipe.model, default.model), schedule=_schedule(recipe.schedule, default.schedule)
     )
+    made.schedule.check_phases(is_asked=is_asked("--schedule.sparsity", flags))
     if (made.method.name, made.schedule.kind) == (default.method.name, default.schedule.kind):
         return made
     train = made.train
-    if train.dense_finetune and not _is_asked("--train.dense-finetune", flags) and not leaves_dense_half(made):
+    if train.dense_finetune and not is_asked("--train.dense-finetune", flags) and not leaves_dense_half(made):
         train = dataclasses.replace(train, dense_finetune=False)
     is_cut = made.schedule.kind_of(made.method.name) == "cut" and not made.schedule.phases
-    if is_cut and not train.recalibrate_batches and not _is_asked("--train.recalibrate-batches", flags):
+    if is_cut and not train.recalibrate_batches and not is_asked("--train.recalibrate-batches", flags):
         train = dataclasses.replace(train, recalibrate_batches=BATCHES_AFTER_CUT)
     return dataclasses.replace(made, train=train)
 
 
-def _is_asked(name: str, flags: Sequence[str]) -> bool:
+def is_asked(name: str, flags: Sequence[str]) -> bool:
+    """Return whether a flag is among arguments."""
     return any(flag.replace("_", "-").startswith(name) for flag in flags)
 
 

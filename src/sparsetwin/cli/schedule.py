@@ -8,7 +8,7 @@ import tyro
 
 from sparsetwin.cli._call import Switch, parse, print_json, print_table
 from sparsetwin.cli._costs import density_costs, recipe_costs
-from sparsetwin.cli._recipe_flags import long_flags, overridden, split_name
+from sparsetwin.cli._recipe_flags import is_asked, long_flags, overridden, split_name
 from sparsetwin.errors import ConfigError
 from sparsetwin.recipes import Recipe, ScheduleSettings, find_recipe
 from sparsetwin.schedules import Schedule
@@ -51,12 +51,15 @@ def main(arguments: Sequence[str]) -> int:
     if name is None:
         usual = Plan(schedule=ScheduleSettings(warmup=10, sparse=5, dense=5, final_dense=10, final_sparse=15))
         plan = parse(Plan, rest, command="schedule", default=usual)
+        plan.schedule.check_used("acdc")
+        plan.schedule.check_phases(is_asked=is_asked("--sparsity", rest))
         schedule = plan.schedule.build(steps_per_epoch=_steps_per_epoch(plan.schedule, "acdc"), epochs=plan.epochs)
         return _show(schedule, density_costs(schedule), epochs=plan.epochs, as_json=plan.json)
     default = find_recipe(name)
     flags = long_flags(rest, with_schedule=True)
     args = parse(RecipePlan, flags, command=f"schedule {name}", default=RecipePlan(recipe=default))
     recipe = overridden(args.recipe, default=default, flags=flags)
+    recipe.schedule.check_used(recipe.method.name)
     steps = _steps_per_epoch(recipe.schedule, recipe.method.name)
     method = recipe.method.build(recipe.schedule, steps_per_epoch=steps, epochs=recipe.train.epochs)
     return _show(method.schedule, recipe_costs(method, recipe), epochs=recipe.train.epochs, as_json=args.json)

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(Train, flags, command=f"train {name}", default=Train(recipe=default))
     recipe = overridden(args.recipe, default=default, flags=flags)
     recipe = recipe_from_plain(recipe.plain())  # as `resume` will read it
+    recipe.schedule.check_used(recipe.method.name)
     check_recipe(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

@@ -48,6 +48,8 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.train.test and not getattr(recipe.dataset, "holdout", True):
         raise ConfigError("a run that is not tested is judged by a hold-out, but there is none: --dataset.holdout 0.1")
     check_distributed(recipe.distributed, recipe.train, device=device)
+    if recipe.method.name != "dense":
+        recipe.schedule.check_phases(is_asked=False)
     method = _planned_method(recipe)
     if method is not None and recipe.train.dense_finetune:
         finetuning_step(method)

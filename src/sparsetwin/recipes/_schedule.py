@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NoReturn
 
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.methods import Course, Kind
@@ -12,6 +12,12 @@ from sparsetwin.recipes._kinds import PLACES, Places, usual_course
 from sparsetwin.schedules import Schedule, alternating, check_sparsity, in_steps, paper, phases, ramped
 
 _LENGTHS = ("warmup", "sparse", "dense", "final_dense", "final_sparse")
+_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "alternating": ("ramp", "ramp_prunings"),
+    "gradual": ("initial_sparsity",),
+    "rounds": ("rounds",),
+}
+"""Fields that one kind uses alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,7 @@ class ScheduleSettings:
     """Lengths of the phases, in one unit; the schedule is built when the number of steps is known."""
 
     sparsity: float = 0.9
-    """Fraction of the target weights that is zero in sparse phases."""
+    """Fraction of the target weights that is zero in sparse phases; explicit phases have their own."""
     paper: str | None = None
     """A published schedule of AC/DC by name, such as imagenet-100, instead of the lengths below; None uses these. A
     method with a usual course of another kind has that, unless kind is alternating."""
@@ -83,6 +89,39 @@ class ScheduleSettings:
             made = self._alternating(steps_per_epoch=steps_per_epoch, epochs=epochs)
         return self._ramped(made, steps_per_epoch=steps_per_epoch, epochs=epochs) if self.ramp else made
 
+    def check_used(self, method: str) -> None:
+        """Refuse what a schedule for one method alone would not use; a comparison shares its schedule among several.
+
+        Raises:
+            ConfigError: If a ramp, a sparsity to begin with or a number of rounds would do nothing.
+        """
+        kind = self.kind_of(method)
+        used = ("ramp", "ramp_prunings") if self.phases else _OF_KIND.get(kind, ())
+        names = [name for names in _OF_KIND.values() for name in names]
+        given = [name for name in names if getattr(self, name) != getattr(ScheduleSettings, name) and name not in used]
+        if given:
+            self._refuse(given, used=() if self.phases or not PLACES[kind] else (*PLACES[kind], *used), kind=kind)
+        if self.ramp_prunings != ScheduleSettings.ramp_prunings and not self.ramp:
+            raise ConfigError("--schedule.ramp-prunings is of a ramp, but there is none; add --schedule.ramp LENGTH")
+
+    def check_phases(self, *, is_asked: bool) -> None:
+        """Refuse explicit phases beside another sparsity, which would do nothing.
+
+        Args:
+            is_asked: Whether the sparsity was asked for; if not, it may be the default.
+
+        Raises:
+            ConfigError: If the last sparse phase has another sparsity.
+        """
+        if not self.phases or (self.sparsity == ScheduleSettings.sparsity and not is_asked):
+            return
+        final = next((sparsity for _, sparsity in reversed(self.phases) if sparsity), 0.0)
+        if self.sparsity != final:
+            raise ConfigError(
+                f"the phases of --schedule.phases have sparsities of their own, the last {final:g}, so that "
+                f"--schedule.sparsity {self.sparsity:g} would do nothing; give one of them"
+            )
+
     def kind_of(self, method: str) -> Kind:
         """Return which kind of schedule a method gets, unless its phases are given one by one."""
         return usual_course(method, self.kind).kind
@@ -101,10 +140,11 @@ class ScheduleSettings:
         used = () if self.phases else PLACES[kind]
         given = [name for name in ("start", "stop", "every") if getattr(self, name) is not None and name not in used]
         if given:
-            what = "explicit phases take" if self.phases else f"a schedule of kind {kind} takes"
-            raise ConfigError(
-                f"{what} no {_flags(given)}" + (f"; it has: {_flags(used)}" if used else "; leave it out")
-            )
+            self._refuse(given, used=used, kind=kind)
+
+    def _refuse(self, given: list[str], *, used: tuple[str, ...], kind: Kind) -> NoReturn:
+        what = "explicit phases take" if self.phases else f"a schedule of kind {kind} takes"
+        raise ConfigError(f"{what} no {_flags(given)}" + (f"; it has: {_flags(used)}" if used else "; leave it out"))
 
     def _ramped(self, made: Schedule, *, steps_per_epoch: int, epochs: int) -> Schedule:
         try:
