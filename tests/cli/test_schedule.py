@@ -81,6 +81,26 @@ def test_lengths_that_are_no_whole_epochs_are_shown_as_they_are(cli: Commands) -
     assert told["phases"][0][:2] == [0, 1.5]
 
 
+def test_ramps_are_shown_as_they_are(cli: Commands) -> None:
+    told = plan(cli, "digits", "--ramp", 2, "--ramp-prunings", 3)
+    starts = [phase[0] for phase in told["phases"] if phase[2]]
+    assert starts[:6] == [5, 6, 7, 15, 16, 17]
+    assert starts[-3:] == [45, 46, 47]
+    assert {phase[2] for phase in told["phases"] if phase[0] in (7, 47)} == {0.9}
+    published = plan(cli, "--paper", "imagenet-100", "--warmup", 10, "--sparse", 20, "--dense", 20, "--final-dense", 20,
+                     "--final-sparse", 30, "--ramp", 2)  # fmt: skip
+    assert [phase[0] for phase in published["phases"][1:5]] == [10, 10.667, 11.333, 12]
+
+
+@pytest.mark.parametrize("flags", [
+    ("digits", "--qat-start", "59.75"), ("cifar100-wrn28-10", "--qat-start", "199.75"),
+    ("digits", "--qat-start", "0.996", "--unit", "fractions", "--warmup", ".1", "--sparse", ".1", "--dense", ".1",
+     "--final-dense", ".1", "--final-sparse", ".2"),
+])  # fmt: skip
+def test_int8_may_begin_within_an_epoch(cli: Commands, flags: tuple[str, ...]) -> None:
+    assert plan(cli, *flags, "--qat")["epochs"] in (60, 200)
+
+
 def test_a_published_schedule_takes_the_place_of_a_recipes_own_lengths(cli: Commands) -> None:
     told = plan(cli, "cifar10-resnet20", "--paper", "cifar-225", "--epochs", 225)
     assert told["phases"][-1][:2] == [175, 225]

@@ -60,12 +60,12 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(RecipePlan, flags, command=f"schedule {name}", default=RecipePlan(recipe=default))
     recipe = overridden(args.recipe, default=default, flags=flags)
     recipe.schedule.check_used(recipe.method.name)
-    steps = _steps_per_epoch(recipe.schedule, recipe.method.name)
+    steps = _steps_per_epoch(recipe.schedule, recipe.method.name, qat_start=recipe.method.qat_start)
     method = recipe.method.build(recipe.schedule, steps_per_epoch=steps, epochs=recipe.train.epochs)
     return _show(method.schedule, recipe_costs(method, recipe), epochs=recipe.train.epochs, as_json=args.json)
 
 
-def _steps_per_epoch(settings: ScheduleSettings, method: str) -> int:
+def _steps_per_epoch(settings: ScheduleSettings, method: str, *, qat_start: float | None = None) -> int:
     """Return 1 if all phases are whole epochs long, and a number of small parts of them if not."""
     if method == "dense":
         return 1
@@ -77,8 +77,12 @@ def _steps_per_epoch(settings: ScheduleSettings, method: str) -> int:
         lengths = [length for length, _ in settings.phases]
     elif settings.kind_of(method) != "alternating":
         return _FINE
-    is_whole = settings.unit == "epochs" and all(length == round(length) for length in lengths)
-    return 1 if is_whole or is_paper else _FINE
+    if is_paper:
+        lengths = []  # whole ones of its own
+    if qat_start is not None:
+        lengths.append(qat_start)
+    is_whole = settings.unit == "epochs" and all(map(float.is_integer, map(float, lengths)))
+    return 1 if is_whole and not settings.ramp else _FINE
 
 
 def _show(schedule: Schedule, costs: dict[str, float], *, epochs: int, as_json: bool) -> int:
