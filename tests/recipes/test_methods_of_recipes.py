@@ -340,6 +340,32 @@ class TestFields:
             self.build(name, **fields)
 
     @pytest.mark.parametrize(
+        ("name", "option", "message"),
+        [
+            ("rigl", {"drop_fraction": "abc"}, "drop_fraction: expected float, got 'abc'"),
+            ("rigl", {"drop_fraction": True}, "drop_fraction: expected float, got True"),
+            ("rigl", {"decay": "linear"}, "decay: expected one of cosine, constant, got 'linear'"),
+            ("acdc", {"score": 5}, "score: expected str, got 5"),
+            ("acdc", {"minimum_kept": 1.5}, "minimum_kept: expected int, got 1.5"),
+            ("acdc", {"ham": 3}, "ham: expected HAM, got 3; give it as --method.ham"),
+            ("acdc", {"pattern": "2:4"}, "pattern: expected Unstructured or .*; give it as --method.pattern"),
+            ("granet", {"initial_distribution": "uniform"}, "expected Global or .*; only Python code can give one"),
+            ("cram", {"sparsities": 0.5}, "sparsities: expected tuple or null, got 0.5"),
+            ("cram", {"sparsities": ("a",)}, "sparsities: expected tuple or null, got"),
+            ("st3", {"sigma": "yes"}, "sigma: expected bool, got 'yes'"),
+        ],
+    )
+    def test_an_option_of_the_wrong_type_is_refused_by_name(self, name, option, message):
+        with pytest.raises(ConfigError, match=f"--method.options .*{message}"):
+            self.build(name, options=option)
+
+    def test_options_are_taken_as_run_json_gives_them_back_too(self):
+        for sparsities in ((0.5, 0.9), [0.5, 0.9]):
+            self.build("cram", options={"sparsities": sparsities})
+        self.build("granet", options={"initial_distribution": st.Uniform(), "drop_fraction": 0})
+        self.build("str", options={"threshold_decay": None})
+
+    @pytest.mark.parametrize(
         ("text", "pattern"),
         [
             ("unstructured", Unstructured()), ("2:4", NM(2, 4)), ("transposable-2:4", NM(2, 4, transposable=True)),

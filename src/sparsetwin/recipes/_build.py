@@ -14,6 +14,7 @@ from sparsetwin.methods import Method
 from sparsetwin.models import MODELS
 from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
+from sparsetwin.recipes._shape import OUTPUTS, check_outputs, meta_model
 from sparsetwin.recipes._trained import check_trained, located, teacher_from, trained_weights
 from sparsetwin.training import (
     ALONE,
@@ -32,7 +33,6 @@ from sparsetwin.training import (
 )
 from sparsetwin.training.environment import git_commit, machine, versions
 
-_OUTPUTS = ("num_classes", "vocabulary")  # parameters that are set to the number of classes unless they are given
 _ANY_STEPS = 10**6  # of an epoch, to look at a schedule before the data are known
 
 
@@ -43,6 +43,8 @@ def check_recipe(recipe: Recipe) -> None:
         SparsetwinError: If the model, an option of it or the schedule cannot be had as asked.
     """
     _constructor(recipe.model)
+    if recipe.model.name in MODELS:
+        meta_model(recipe)
     check_trained(recipe)
     device = choose_device(recipe.device)
     if not recipe.train.test and not getattr(recipe.dataset, "holdout", True):
@@ -82,11 +84,12 @@ def model_factory(settings: ModelSettings, splits: Splits, device: torch.device)
     """Return a function that builds the model on the device, its outputs as many as the data have classes.
 
     Raises:
-        ConfigError: If the model or an option is unknown, or an option is missing.
+        ConfigError: If the model or an option is unknown, or an option is missing or leaves too few outputs.
     """
+    check_outputs(settings, classes=splits.classes)
     constructor, accepted = _constructor(settings)
     options = dict(settings.options)
-    for outputs in _OUTPUTS:
+    for outputs in OUTPUTS:
         if outputs in accepted:
             options.setdefault(outputs, splits.classes)
     for option, parameter in accepted.items():

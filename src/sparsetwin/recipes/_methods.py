@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from sparsetwin.distributions import ERK, Distribution, Global, PerLayer, Uniform
 from sparsetwin.errors import ConfigError, nearest
@@ -11,6 +12,7 @@ from sparsetwin.methods import HAM, METHODS, Int8, Kind, Method
 from sparsetwin.optimizer_state import ResetScope
 from sparsetwin.patterns import NM, Block, Channel, Pattern, Unstructured
 from sparsetwin.recipes._named_values import NAMED_NUMBERS, NAMED_VALUES
+from sparsetwin.recipes._plain import from_plain
 from sparsetwin.recipes._schedule import ScheduleSettings
 from sparsetwin.schedules import Schedule, constant, grouped, in_steps
 
@@ -60,6 +62,7 @@ class MethodSettings:
             if name not in fields:
                 known = ", ".join(sorted(fields))
                 raise ConfigError(f"{self.name} has no field {name!r}; it has: {known}{nearest(name, fields)}")
+        self._check_options(get_type_hints(cls))
         if self.name == "dense":
             made = constant(sparsity=0.0, total_steps=steps_per_epoch * epochs)
         else:
@@ -70,6 +73,19 @@ class MethodSettings:
             return cls(schedule=made, **given)
         quantization.check(made)
         return cls(schedule=made, quantization=quantization, **given)
+
+    def _check_options(self, kinds: Mapping[str, Any]) -> None:
+        """Refuse options of another type than the method's field has."""
+        for name, value in self.options.items():
+            classes = [kind for kind in get_args(kinds[name]) or (kinds[name],) if dataclasses.is_dataclass(kind)]
+            if not classes:
+                plain = list(value) if isinstance(value, tuple) else value
+                from_plain(plain, kinds[name], known={}, where=f"--method.options {name}")
+            elif not isinstance(value, tuple(cls for cls in classes if isinstance(cls, type))):
+                is_flag = name in {field.name for field in dataclasses.fields(self)}
+                instead = f"give it as --method.{name}" if is_flag else "only Python code can give one"
+                names = " or ".join(getattr(cls, "__name__", "?") for cls in classes)
+                raise ConfigError(f"--method.options {name}: expected {names}, got {value!r}; {instead}")
 
     def _quantization(self, schedule: ScheduleSettings, *, steps_per_epoch: int, epochs: int) -> Int8 | None:
         if self.qat_start is None:

@@ -14,6 +14,9 @@ from sparsetwin.recipes._schedule import ScheduleSettings
 from sparsetwin.targets import Targets
 from sparsetwin.training import DistributedSettings, LearningRateSettings, OptimizerSettings, TrainSettings
 
+_LAST_SEED = 2**63 - 1  # that all generators take
+_MOST_THREADS = 2**16
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -72,6 +75,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ConfigError(f"threads needs to be 0 (torch's choice) or more, got {self.threads}")
+        if self.threads > _MOST_THREADS:
+            raise ConfigError(f"threads is at most {_MOST_THREADS}, got {self.threads}; 0 takes torch's choice")
+        if not 0 <= self.seed <= _LAST_SEED:
+            raise ConfigError(f"seed is a whole number from 0 to 2**63 - 1, got {self.seed}")
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as JSON-able data; `recipe_from_plain` reads it back."""

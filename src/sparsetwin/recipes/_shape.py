@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsetwin.data import CharText, Cifar10, Cifar100, DataSource, Digits, ImageNet
-from sparsetwin.errors import ConfigError
+from sparsetwin.errors import ConfigError, SparsetwinError
 from sparsetwin.models import MODELS
-from sparsetwin.recipes._recipe import Recipe
+from sparsetwin.recipes._recipe import ModelSettings, Recipe
+
+OUTPUTS = ("num_classes", "vocabulary")
+"""Options of networks that are the number of classes unless they are given."""
 
 _IMAGES: dict[type[DataSource], tuple[int, int, int]] = {
     Digits: (1, 8, 8),
@@ -34,9 +37,32 @@ def meta_model(recipe: Recipe) -> nn.Module:
     if name == "gpt":
         options.setdefault("vocabulary", _CHARACTERS)
     elif type(recipe.dataset) in _CLASSES:
+        check_outputs(recipe.model, classes=_CLASSES[type(recipe.dataset)])
         options.setdefault("num_classes", _CLASSES[type(recipe.dataset)])
-    with torch.device("meta"):
-        return MODELS[name](**options)
+    try:
+        with torch.device("meta"):
+            return MODELS[name](**options)
+    except SparsetwinError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # what Python and torch say of a value of the wrong kind
+        given = " ".join(f"{option}={value!r}" for option, value in recipe.model.options.items())
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"{name} cannot be built with --model.options {given}: {said}") from error
+
+
+def check_outputs(settings: ModelSettings, *, classes: int) -> None:
+    """Refuse a network of the library's own with fewer outputs than the data have classes.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    for name in OUTPUTS:
+        given = settings.options.get(name)
+        if settings.name in MODELS and isinstance(given, int) and given < classes:
+            raise ConfigError(
+                f"{settings.name} with --model.options {name}={given} has too few outputs for data of {classes} "
+                "classes; leave it out to have as many"
+            )
 
 
 def example_input(dataset: DataSource) -> Tensor:
