@@ -63,11 +63,10 @@ def test_a_pattern_a_sparsity_for_each_layer_and_options(cli: Commands) -> None:
         return cli.folder / folder
 
     run = trained("a", "--method.name", "static", "--method.per-layer", "re:0[.].*=0.5", "4.weight=0.75",
-                  "8.weight=0.9", "--schedule.sparsity", 0.88)  # fmt: skip
+                  "8.weight=0.9", "--schedule.sparsity", 0.840248963)  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["event"] == "phase"][-1]["layers"]
-    assert kept["0.weight"][0] > 0.3 * kept["0.weight"][1]
-    assert kept["8.weight"][0] < 0.2 * kept["8.weight"][1]
+    assert kept == {"0.weight": [36, 72], "4.weight": [144, 576], "8.weight": [128, 1280]}
     run = trained("b", "--method.name", "oneshot", "--method.pattern", "2:4", "--schedule.sparsity", 0.5,
                   "--targets.dense-first")  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,7 @@
 
 from sparsetwin.methods import Method
 from sparsetwin.metrics import count_forward_flops
-from sparsetwin.recipes import Recipe, example_input, meta_model
+from sparsetwin.recipes import Recipe, check_layers, example_input, meta_model
 from sparsetwin.schedules import Phase, Schedule
 from sparsetwin.training import finetuning_step
 from sparsetwin.training.costs import Density, step_flops
@@ -23,9 +23,11 @@ def recipe_costs(method: Method, recipe: Recipe) -> dict[str, float]:
         recipe: Its network, data, targets and fine-tuning.
 
     Raises:
-        ConfigError: If the network or the shape of the data is known to a run only.
+        ConfigError: If the network or the shape of the data is known to a run only, or layers have sparsities that the
+            schedule does not end with.
     """
     model = meta_model(recipe)
+    check_layers(recipe, method, model)
     forward = count_forward_flops(model, example_input(recipe.dataset))
     targets = recipe.targets.build().resolve(model)
 

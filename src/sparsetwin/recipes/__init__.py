@@ -10,7 +10,7 @@ from sparsetwin.recipes._recipe import (
     recipe_from_plain,
 )
 from sparsetwin.recipes._schedule import ScheduleSettings
-from sparsetwin.recipes._shape import example_input, meta_model, training_samples
+from sparsetwin.recipes._shape import check_layers, example_input, meta_model, training_samples
 from sparsetwin.recipes.registry import RECIPES, find_recipe
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ScheduleSettings",
     "TargetSettings",
     "build_run",
+    "check_layers",
     "check_recipe",
     "describe",
     "example_input",

@@ -14,7 +14,7 @@ from sparsetwin.methods import Method
 from sparsetwin.models import MODELS
 from sparsetwin.recipes._imports import import_object
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
-from sparsetwin.recipes._shape import OUTPUTS, check_outputs, meta_model
+from sparsetwin.recipes._shape import OUTPUTS, check_layers, check_outputs, meta_model
 from sparsetwin.recipes._trained import check_trained, located, teacher_from, trained_weights
 from sparsetwin.training import (
     ALONE,
@@ -43,8 +43,7 @@ def check_recipe(recipe: Recipe) -> None:
         SparsetwinError: If the model, an option of it or the schedule cannot be had as asked.
     """
     _constructor(recipe.model)
-    if recipe.model.name in MODELS:
-        meta_model(recipe)
+    model = meta_model(recipe) if recipe.model.name in MODELS else None
     check_trained(recipe)
     device = choose_device(recipe.device)
     if not recipe.train.test and not getattr(recipe.dataset, "holdout", True):
@@ -53,6 +52,8 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.method.name != "dense":
         recipe.schedule.check_phases(is_asked=False)
     method = _planned_method(recipe)
+    if method is not None and model is not None:
+        check_layers(recipe, method, model)
     if method is not None and recipe.train.dense_finetune:
         finetuning_step(method)
 
@@ -181,12 +182,15 @@ def build_run(
     teacher = recipe.train.teacher
     if teacher is not None and recipe.distributed.fsdp:
         raise ConfigError("--train.teacher does not work with --fsdp; leave one of them out")
+    method = recipe.method.build(recipe.schedule, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs)
+    if recipe.method.per_layer and folder.is_untrained:  # what earlier releases began goes on
+        check_layers(recipe, method, model_factory(recipe.model, splits, torch.device("meta"))())
     parts = RunParts(
         make_model=make,
         begin_with=None if recipe.pretrained is None else trained_weights(recipe.pretrained),
         make_teacher=None if teacher in (None, OWN) else teacher_from(teacher, make, model_factory, splits, device),
         splits=splits,
-        method=recipe.method.build(recipe.schedule, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs),
+        method=method,
         targets=recipe.targets.build(),
         settings=LoopSettings(
             optimizer=recipe.optimizer,

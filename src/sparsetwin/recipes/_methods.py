@@ -28,7 +28,8 @@ class MethodSettings:
     distribution: Literal["global", "uniform", "erk"] | None = None
     """One ranking over all layers, the same sparsity in each, or small layers denser."""
     per_layer: Annotated[dict[str, float], NAMED_NUMBERS] = field(default_factory=dict)
-    """A sparsity for each layer instead of a distribution: names, globs or re: expressions, such as: stem=0.5."""
+    """A sparsity for each layer instead of a distribution: names, globs or re: expressions, such as: stem=0.5. The
+    schedule needs the sparsity that all layers have together, which is told where it has another one."""
     score: str | None = None
     """What a weight is worth: magnitude, movement, sensitivity, fisher or random."""
     pattern: str | None = None

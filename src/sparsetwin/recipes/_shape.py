@@ -1,12 +1,15 @@
 """The shape of a recipe's network and data, known before any data are read."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetwin.data import CharText, Cifar10, Cifar100, DataSource, Digits, ImageNet
+from sparsetwin.distributions import PerLayer
 from sparsetwin.errors import ConfigError, SparsetwinError
+from sparsetwin.methods import Method
 from sparsetwin.models import MODELS
 from sparsetwin.recipes._recipe import ModelSettings, Recipe
 
@@ -48,6 +51,37 @@ def meta_model(recipe: Recipe) -> nn.Module:
         given = " ".join(f"{option}={value!r}" for option, value in recipe.model.options.items())
         said = str(error).partition("\n")[0]
         raise ConfigError(f"{name} cannot be built with --model.options {given}: {said}") from error
+
+
+def check_layers(recipe: Recipe, method: Method, model: nn.Module) -> None:
+    """Refuse sparsities of layers that a schedule would not end with, but scale to its own.
+
+    Args:
+        recipe: Gives them, and says which parameters are targets.
+        method: Of the recipe, with a schedule in any unit.
+        model: Its network; no value of a parameter is read.
+
+    Raises:
+        ConfigError: If the schedule ends at another sparsity than the layers have together; it says which.
+        TargetError: If a layer has no sparsity or several, or a name matches none.
+    """
+    if not recipe.method.per_layer:
+        return
+    targets = recipe.targets.build().resolve(model)
+    layers = PerLayer(recipe.method.per_layer)
+    overall = layers.overall_sparsity({name: tuple(weight.shape) for name, weight in targets.items()})
+    final = method.schedule.final_sparsity
+    if math.isclose(overall, final, rel_tol=0.0, abs_tol=1e-9):  # as `PerLayer` compares them
+        return
+    wanted = f"{overall:.9f}".rstrip("0").rstrip(".")
+    if recipe.schedule.phases:
+        instead = f"let the last sparse phase of --schedule.phases have {wanted}"
+    else:
+        instead = f"add --schedule.sparsity {wanted}"
+    raise ConfigError(
+        f"the layers of --method.per-layer have a sparsity of {wanted} together, the schedule {final:.9g}, to which "
+        f"theirs would be scaled; {instead}, or give the layers other ones"
+    )
 
 
 def check_outputs(settings: ModelSettings, *, classes: int) -> None:
