@@ -116,7 +116,7 @@ class CSRBlocks:
         if kept and (int(within.min()) < 0 or int(within.max()) >= columns):
             found = f"{int(within.min())} to {int(within.max())}"
             raise ConfigError(f"column indices run from {found}; expected 0 to {columns - 1}")
-        flat = torch.repeat_interleave(torch.arange(rows), counts) * columns + within
+        flat = torch.repeat_interleave(torch.arange(rows, dtype=torch.int64, device="cpu"), counts) * columns + within
         if bool((flat.diff() <= 0).any()):
             raise ConfigError("column indices must rise within each row, without repetition")
         return cls._from_positions((rows, columns), flat, values.reshape(-1), block_columns)
@@ -188,7 +188,7 @@ class CSRBlocks:
             raise ConfigError(f"block_columns={width}; expected at least 1")
         width = min(width, columns)
         if bits is None:
-            mask = torch.zeros(rows * columns, dtype=torch.bool)
+            mask = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
             mask[flat] = True
             bits = packed_bits(mask)
         return cls(
@@ -203,7 +203,7 @@ class CSRBlocks:
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         """Return the dense matrix, (rows, columns), float32, zero where nothing is kept."""
-        dense = torch.zeros(self.rows * self.columns)
+        dense = torch.zeros(self.rows * self.columns, dtype=torch.float32, device="cpu")
         dense[self.positions.long()] = self.values.float()
         dense = dense.reshape(self.rows, self.columns)
         return dense if self.scales is None else dense.mul_(self.scales.unsqueeze(1))
@@ -220,7 +220,7 @@ class CSRBlocks:
         if self.blocks == 1:
             return self
         flat = set_bits(self.bits, self.rows * self.columns)
-        values = torch.empty(self.kept, dtype=self.values.dtype)
+        values = torch.empty(self.kept, dtype=self.values.dtype, device="cpu")
         values[_reading_order(flat, self.columns, self.block_columns)] = self.values
         return replace(
             self,
@@ -294,7 +294,7 @@ class CSRBlocks:
         """
         work = self.row_pointers.diff(dim=1).sum(0) + 1  # a row costs something even when it is empty
         done = work.cumsum(0)
-        targets = torch.arange(1, parts) * int(done[-1]) / parts
+        targets = torch.arange(1, parts, dtype=torch.float64, device="cpu") * int(done[-1]) / parts
         cuts = sorted({0, self.rows, *(torch.searchsorted(done, targets) + 1).tolist()})
         return list(pairwise(cuts))
 
@@ -302,7 +302,7 @@ class CSRBlocks:
 def padded(array: Tensor) -> Tensor:
     """Return a contiguous copy with at least a cache line of zeros behind it, in the same storage."""
     size = array.numel()
-    storage = torch.zeros(size + _PADDING // array.element_size(), dtype=array.dtype)
+    storage = torch.zeros(size + _PADDING // array.element_size(), dtype=array.dtype, device="cpu")
     storage[:size] = array.reshape(-1)
     return storage[:size]
 

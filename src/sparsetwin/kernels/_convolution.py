@@ -248,8 +248,8 @@ def tap_offsets(geometry: ConvolutionGeometry, source: PlaneLayout) -> tuple[Ten
             taps.append(phase * source.plane + source.lead + down * source.pitch + right)
     channel = source.phases[0] * source.phases[1] * source.plane
     per_group = geometry.in_channels // geometry.groups
-    columns = torch.arange(per_group).unsqueeze(1) * channel + torch.tensor(taps)
-    group = torch.arange(geometry.out_channels) // (geometry.out_channels // geometry.groups)
+    columns = _numbers(per_group).unsqueeze(1) * channel + torch.tensor(taps, dtype=torch.int64, device="cpu")
+    group = _numbers(geometry.out_channels) // (geometry.out_channels // geometry.groups)
     size = source.dtype.itemsize
     return size * columns.reshape(-1), size * group * per_group * channel
 
@@ -259,6 +259,10 @@ def columns_kept(geometry: ConvolutionGeometry, source: PlaneLayout) -> Tensor:
     height, width = geometry.out_size
     pitch = source.pitch
     kind = torch.int32 if source.dtype == torch.float32 else torch.int16
-    keep = torch.zeros(geometry.written(pitch, source.dtype), dtype=kind)
+    keep = torch.zeros(geometry.written(pitch, source.dtype), dtype=kind, device="cpu")
     keep[: height * pitch].view(height, pitch)[:, :width] = -1
     return keep
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device="cpu")

@@ -42,7 +42,7 @@ class Panels:
     def part(self, number: int) -> int:
         """Return the address of a part; the same one each time."""
         while len(self._parts) <= number:
-            self._parts.append(torch.empty(self.byte_count, dtype=torch.uint8))
+            self._parts.append(torch.empty(self.byte_count, dtype=torch.uint8, device="cpu"))
         return self._parts[number].data_ptr()
 
 
@@ -69,7 +69,7 @@ class DenseTiles:
             raise ConfigError(f"a weight of shape {tuple(weight.shape)} has no kernel in {groups} groups")
         rows, depth = weight.shape[0] // groups, weight[0].numel()
         high, along = -(-rows // SIDE), -(-depth // DEPTH)
-        whole = torch.zeros(groups, high * SIDE, along * DEPTH, dtype=torch.bfloat16)
+        whole = torch.zeros(groups, high * SIDE, along * DEPTH, dtype=torch.bfloat16, device="cpu")
         whole[:, :rows, :depth] = weight.detach().reshape(groups, rows, depth)
         parts = whole.view(groups, high, SIDE, along, SIDE, 2)  # rows of a tile, tiles along, pairs of a tile
         by_rows = dot.name == "amx"

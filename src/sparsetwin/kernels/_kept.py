@@ -90,7 +90,7 @@ class KeptWeight:
     @torch.no_grad()
     def dense(self) -> Tensor:
         """Return the dense weight, float32, in memory of its own."""
-        dense = torch.zeros(self.numel)
+        dense = torch.zeros(self.numel, dtype=torch.float32, device="cpu")
         dense[self.positions()] = self.float_values()
         return dense.reshape(self.shape)
 

@@ -100,7 +100,7 @@ class SparseLinear:
             if residual is not None:
                 y += residual.detach()
             return y if flat is x else y.reshape(shape)
-        out = torch.empty(tokens, self.out_features)
+        out = torch.empty(tokens, self.out_features, dtype=torch.float32, device="cpu")
         pieces: list[Piece] = [
             partial(self._run_chunk, flat, residual, out, start) for start in range(0, tokens, self.chunk)
         ]
@@ -137,10 +137,10 @@ class SparseLinear:
         found: dict[str, Tensor] = self._local.__dict__
         pitch = padded_pitch(self.chunk)
         if "source" not in found:
-            found["source"] = torch.zeros(self.in_features, pitch)
-            found["destination"] = torch.empty(self.out_features, pitch)
+            found["source"] = torch.zeros(self.in_features, pitch, dtype=torch.float32, device="cpu")
+            found["destination"] = torch.empty(self.out_features, pitch, dtype=torch.float32, device="cpu")
         if with_residual and "added" not in found:
-            found["added"] = torch.zeros(self.out_features, pitch)
+            found["added"] = torch.zeros(self.out_features, pitch, dtype=torch.float32, device="cpu")
         return found["source"], found["destination"], found["added"] if with_residual else None
 
     def _product(self, columns: int, residual: bool) -> SparseProduct:

@@ -50,7 +50,7 @@ class PlaneLayout:
 
     def empty(self, images: int) -> Tensor:
         """Return planes of zeros, (images, elements). What lies between the images' pixels must stay zero."""
-        return torch.zeros(images, self.elements, dtype=self.dtype)
+        return torch.zeros(images, self.elements, dtype=self.dtype, device="cpu")
 
     @torch.no_grad()
     def pack(self, images: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class PlaneLayout:
     def unpack(self, planes: Tensor) -> Tensor:
         """Copy planes back into contiguous images, (N, C, H, W), float32."""
         self.check(planes, "planes", planes.shape[0])
-        images = torch.empty(planes.shape[0], self.channels, self.height, self.width)
+        images = torch.empty(planes.shape[0], self.channels, self.height, self.width, dtype=torch.float32, device="cpu")
         for row, column, view in self._views(planes):
             images[:, :, row :: self.phases[0], column :: self.phases[1]] = view
         return images

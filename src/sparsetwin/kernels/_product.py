@@ -34,7 +34,7 @@ def padded_pitch(columns: int, dtype: torch.dtype = torch.float32) -> int:
 
 def empty_padded(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return uninitialised activations, (rows, columns) float32, with the row pitch of `padded_pitch`."""
-    return torch.empty(rows, padded_pitch(columns, dtype), dtype=dtype)[:, :columns]
+    return torch.empty(rows, padded_pitch(columns, dtype), dtype=dtype, device="cpu")[:, :columns]
 
 
 def default_block(length: int, *, kept: float, lines: int, target: Target, element: Element = "float32") -> int:
@@ -116,7 +116,8 @@ class SparseProduct:
         if self.pitch < columns:
             raise ConfigError(f"a pitch of {self.pitch} elements is less than the {columns} columns")
         self._residual = residual
-        indices = weight.offsets(torch.arange(weight.columns) * self.pitch * ELEMENT_BYTES[element])
+        starts = torch.arange(weight.columns, dtype=torch.int64, device="cpu") * self.pitch * ELEMENT_BYTES[element]
+        indices = weight.offsets(starts)
         epilogue = Epilogue(bias=bias, residual=residual, activation=activation)
         self._product = tiled_product(
             weight if element == "float32" else weight.in_half(),
@@ -174,7 +175,7 @@ class SparseProduct:
     @torch.no_grad()
     def pad(self, x: Tensor) -> Tensor:
         """Copy any (K, columns) tensor into the layout and dtype that a call takes."""
-        padded = torch.empty(self.matrix.columns, self.pitch, dtype=self.dtype)[:, : self.columns]
+        padded = torch.empty(self.matrix.columns, self.pitch, dtype=self.dtype, device="cpu")[:, : self.columns]
         return padded.copy_(x)
 
 

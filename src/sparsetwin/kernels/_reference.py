@@ -19,8 +19,8 @@ def reference_weight(weight: KeptWeight) -> tuple[Tensor, Tensor]:
     Returns:
         Dense float64 with zeros for pruned weights, and bool, both of the weight's shape.
     """
-    dense = torch.zeros(weight.numel, dtype=torch.float64)
-    keep = torch.zeros(weight.numel, dtype=torch.bool)
+    dense = torch.zeros(weight.numel, dtype=torch.float64, device="cpu")
+    keep = torch.zeros(weight.numel, dtype=torch.bool, device="cpu")
     values, bits = iter(weight.values.double().tolist()), weight.bits.tolist()
     for index in range(weight.numel):
         if bits[index // 8] >> (index % 8) & 1:

@@ -123,12 +123,13 @@ class TokenProduct:
             found = f"x has shape {tuple(x.shape)}, strides {x.stride()}"
             raise ConfigError(f"{found}; expected contiguous {self._shape}")
         if not self._wide:
-            out = torch.empty(self.tokens, self.matrix.rows)
+            out = torch.empty(self.tokens, self.matrix.rows, dtype=torch.float32, device="cpu")
             self._launch(x, out, pool)
             return out
-        across = torch.zeros(self.matrix.columns, self._wide)  # lanes over tokens: those that are not there are zero
+        # lanes over tokens: those that are not there are zero
+        across = torch.zeros(self.matrix.columns, self._wide, dtype=torch.float32, device="cpu")
         across[:, : self.tokens] = x.detach().t()
-        out = torch.empty(self.matrix.rows, self._wide)
+        out = torch.empty(self.matrix.rows, self._wide, dtype=torch.float32, device="cpu")
         self._launch(across, out, pool)
         return out[:, : self.tokens].t().contiguous()
 
@@ -168,7 +169,7 @@ class TokenProduct:
     def _make_bitmask(self, target: Target, value: ValueFormat, activation: Activation | None) -> "_Ready":
         matrix, lanes = self.matrix, 16 if target.lanes >= 16 else 8
         groups = -(-matrix.columns // lanes)
-        kept = torch.zeros(matrix.rows, groups * lanes, dtype=torch.bool)
+        kept = torch.zeros(matrix.rows, groups * lanes, dtype=torch.bool, device="cpu")
         flat = matrix.positions.long()
         kept[flat // matrix.columns, flat % matrix.columns] = True
         self._masks = padded(torch.from_numpy(np.packbits(kept.numpy(), axis=1, bitorder="little")))

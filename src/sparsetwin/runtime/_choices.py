@@ -243,7 +243,7 @@ class _Measure:
             return _NEVER, _NEVER
         if ("conversion", sheet) not in self.known:
             layout = _some_layout(sheet, self.packed.dtype)
-            planes, tensor = layout.empty(1), torch.zeros(found.shape)
+            planes, tensor = layout.empty(1), torch.zeros(found.shape, dtype=torch.float32, device="cpu")
             view, share = pixels(layout, planes), self._share(sheet.images)
             here = shortest(lambda: unpack_image(sheet, view, tensor, 0), threads=1)
             back = shortest(lambda: pack_image(sheet, tensor, 0, view), threads=1)
@@ -271,7 +271,7 @@ class _Measure:
     def _tensor(self, value: int, *, blocked: bool) -> Tensor:
         found = self.graph.values[value]
         assert found is not None
-        tensor = torch.rand(found.shape, generator=self.generator)
+        tensor = torch.rand(found.shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return tensor.contiguous(memory_format=torch.channels_last) if blocked else tensor
 
     def _share(self, images: int) -> float:

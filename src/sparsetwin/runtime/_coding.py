@@ -273,7 +273,7 @@ def _decoded(found: Json, tensors: Mapping[str, Tensor]) -> Any:
         case "tensor":
             return tensors[content]
         case "packed":
-            return torch.empty(tuple(map(int, content)), device="meta")
+            return torch.empty(tuple(map(int, content)), dtype=torch.float32, device="meta")
         case "kept":
             return KeptWeight(
                 shape=tuple(map(int, content["shape"])),

@@ -164,7 +164,8 @@ def with_weight(operation: Layer) -> Layer:
 
 def without_weight(operation: Layer, kept: KeptWeight | None) -> Layer:
     """Return a layer whose weight has a shape only; its numbers are kept, or elsewhere."""
-    return replace(operation, weight=torch.empty(operation.weight.shape, device="meta"), kept=kept)
+    weight = torch.empty(operation.weight.shape, dtype=torch.float32, device="meta")
+    return replace(operation, weight=weight, kept=kept)
 
 
 def references(arguments: Any) -> Iterator[int]:

@@ -19,7 +19,7 @@ class KeptWeights:
 
     def stand_in(self, weight: KeptWeight) -> Tensor:
         """Return a float32 tensor of a weight's shape, its numbers never written."""
-        tensor = torch.empty(weight.shape)
+        tensor = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         self._by_memory[tensor.untyped_storage().data_ptr()] = weight
         self._alive.append(tensor)
         return tensor

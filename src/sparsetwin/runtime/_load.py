@@ -237,7 +237,7 @@ def _random_leaves(call: Call) -> list[Any]:
             return leaf
         if not leaf.is_floating_point():
             return torch.zeros_like(leaf, device="cpu")
-        return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf.dtype)
 
     return [filled(leaf) for leaf in call.leaves]
 
@@ -251,7 +251,8 @@ def resized(graph: Graph, call: Call) -> Graph:
     with FakeTensorMode(allow_non_fake_inputs=True):
         bare = replace(graph, nodes=tuple(_without_numbers(node) for node in graph.nodes))
         leaves = [
-            torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves
+            torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu") if isinstance(leaf, Tensor) else leaf
+            for leaf in call.leaves
         ]
         try:
             found = values_of(bare, leaves)
@@ -269,7 +270,8 @@ def _without_numbers(node: Node) -> Node:
     operation = node.operation
     if not isinstance(operation, Layer) or not operation.weight.is_meta:
         return node
-    return replace(node, operation=replace(operation, weight=torch.empty(operation.weight.shape), kept=None))
+    weight = torch.empty(operation.weight.shape, dtype=torch.float32, device="cpu")
+    return replace(node, operation=replace(operation, weight=weight, kept=None))
 
 
 def _same_kind(call: Call, planned: Call) -> bool:

@@ -150,7 +150,7 @@ def weight_of(node: Node, geometry: ConvolutionGeometry) -> KeptWeight | Tensor:
             return operation.weight.reshape(shape) if operation.kept is None else operation.kept.reshaped(shape)
         case Affine():
             return operation.scale.reshape(-1, 1, 1, 1)
-    return torch.ones(geometry.out_channels, 1, 1, 1)
+    return torch.ones(geometry.out_channels, 1, 1, 1, dtype=torch.float32, device="cpu")
 
 
 def _bias_of(node: Node) -> Tensor | None:

@@ -38,8 +38,9 @@ class DensePlanes:
         operation = node.operation
         assert isinstance(operation, Layer)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, geometry.in_channels, geometry.height, geometry.width, generator=generator)
-        y = torch.randn(1, geometry.out_channels, *geometry.out_size, generator=generator)
+        read, written = (geometry.in_channels, geometry.height, geometry.width), geometry.out_size
+        x = torch.randn(1, *read, generator=generator, dtype=torch.float32, device="cpu")
+        y = torch.randn(1, geometry.out_channels, *written, generator=generator, dtype=torch.float32, device="cpu")
         residual = y if len(node.inputs) > 1 else None
         found = packed.dense_convolution(node, geometry, tiling=tiling).images(x, residual=residual, pool=pool)
         whole = with_weight(operation)

@@ -135,7 +135,7 @@ def dense_bound(graph: Graph, dtype: torch.dtype) -> float:
         if isinstance(operation, Convolution) and max(operation.weight.shape[2:]) == 3:
             flops -= flops_saved_by_winograd(operation, columns)
     side = 768
-    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    a, b = (torch.randn(side, side, dtype=dtype, device="cpu") for _ in range(2))
     best = shortest(lambda: a @ b, threads=torch.get_num_threads(), runs=10)
     return flops * best / (2 * side**3)
 

@@ -51,7 +51,8 @@ class FastLinear(nn.Module):
 
     @torch.no_grad()
     def _is_faster(self, tokens: int) -> bool:
-        x = torch.rand(tokens, self.in_features, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(tokens, self.in_features, generator=generator, dtype=torch.float32, device="cpu")
         threads = self._pool.threads if self._pool else 1
         dense = shortest(lambda: F.linear(x, self._weight, self.bias), threads=threads)
         return shortest(lambda: self._sparse(x, pool=self._pool), threads=threads) < dense

@@ -17,7 +17,7 @@ from sparsetwin.runtime._steps import TensorStep, Unpack, values_read, values_wr
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBuffer:
-    """Memory of one tensor."""
+    """Memory of one tensor, float32, whatever PyTorch's default dtype and device are."""
 
     shape: tuple[int, ...]
     blocked: bool  # channels lie last, as dense convolutions want it
@@ -25,7 +25,7 @@ class TensorBuffer:
     def empty(self) -> torch.Tensor:
         """Return the memory, not initialised."""
         kind = torch.channels_last if self.blocked else torch.contiguous_format
-        return torch.empty(self.shape, memory_format=kind)
+        return torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=kind)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

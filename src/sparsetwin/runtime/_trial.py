@@ -27,11 +27,12 @@ class Trial:
         for step in lowered.steps:
             if isinstance(step, Pack):
                 layout = self.layouts[step.sheet]
-                images = torch.rand(1, layout.channels, layout.height, layout.width, generator=generator)
+                shape = (1, layout.channels, layout.height, layout.width)
+                images = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
                 layout.pack(images, out=self.planes[step.sheet])
             elif isinstance(step, Mean):
                 sheet = lowered.sheets[step.source]
-                self.values[step.value] = torch.empty(sheet.images, sheet.channels)
+                self.values[step.value] = torch.empty(sheet.images, sheet.channels, dtype=torch.float32, device="cpu")
             elif isinstance(step, PoolStep):
                 self.kernels[step] = step.kernel(self.layouts)
 
