@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
 
-from runtime_cases import FP32, Slim, images, relative_error, slim
+from runtime_cases import FP32, Slim, images, pruned, relative_error, slim
 
 import sparsetwin
 from sparsetwin.checkpoint import SparseFile, load_sparse, save_dense, save_sparse
@@ -23,6 +24,7 @@ from sparsetwin.runtime import deploy, load
 from sparsetwin.runtime._entries import PROGRAMS
 from sparsetwin.runtime._graph import Layer, Linear
 from sparsetwin.runtime._network import InFile
+from sparsetwin.runtime._plain import run_plain
 
 X = (1, 3, 32, 32)
 
@@ -64,6 +66,36 @@ def test_results_are_those_of_the_decoded_weights(tmp_path, values, prefer):
     elif prefer == "memory":
         assert narrow == sparse
     assert all(any("narrow" in name for name in layer.seconds) == (values != "exact") for layer in sparse)
+
+
+class Reworked(nn.Module):
+    """Computes with what a function makes of its weight."""
+
+    def __init__(self, rework: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.rework = nn.Linear(20, 30, bias=False), rework
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.rework(self.inner.weight))
+
+
+REWORKED = {
+    "converted": lambda weight: weight.double().float(),
+    "converted like another": lambda weight: weight.type_as(torch.zeros(1, dtype=torch.float64)).float(),
+    "copied": lambda weight: weight.t().contiguous().t(),
+    "laid out anew": lambda weight: weight.t().reshape(-1).reshape(20, 30).t(),
+    "seen as it is": lambda weight: weight.t().t(),
+    "the same type": lambda weight: weight.type_as(torch.zeros(1)),
+    "computed": lambda weight: torch.einsum("oi,o->oi", weight, torch.ones(30)),
+}
+
+
+@pytest.mark.parametrize("name", REWORKED)
+def test_weights_that_are_converted_or_copied_have_the_numbers_of_the_file(tmp_path, name):
+    rework = REWORKED[name]
+    model, x = saved(tmp_path / "f", pruned(Reworked(rework), 0.2)), images(4, 20)
+    graph = InFile(SparseFile.open(tmp_path / "f"), lambda: Reworked(rework)).graph((x,), {})
+    assert relative_error(run_plain(graph, [x])[0], model(x).detach()) <= FP32
 
 
 @pytest.mark.parametrize("values", ["exact", "int8"])

@@ -24,6 +24,14 @@ class KeptWeights:
         self._alive.append(tensor)
         return tensor
 
+    def __bool__(self) -> bool:
+        """Tell whether there is any stand-in."""
+        return bool(self._alive)
+
+    def stands_in(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a stand-in or a view of one."""
+        return self._found(tensor) is not None
+
     def layer(self, operation: Layer) -> Layer:
         """Return a layer with what its weight stands for; views, such as transposed weights, are kept anew."""
         found, weight = self._found(operation.weight), operation.weight

@@ -12,7 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node as FxNode
 
 from sparsetwin.errors import UsageError
-from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, filled, references
+from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, references
 from sparsetwin.runtime._kept_weights import KeptWeights
 from sparsetwin.runtime._native import NATIVE, aliased, schema_arguments
 
@@ -151,9 +151,7 @@ class _Reader:
             self.known[node] = arguments[0][arguments[1]]
             return
         if next(references((arguments, named)), None) is None and _foldable(node):
-            if not _may_alias(node):  # a view of a weight without numbers is one too
-                arguments, named = self.kept.real(arguments), self.kept.real(named)
-            self.known[node] = target(*filled(arguments, {}), **filled(named, {}))
+            self.known[node] = self._folded(node, arguments, named)
             return
         if str(target) in aliased():
             self.known[node] = arguments[0]
@@ -175,6 +173,15 @@ class _Reader:
         else:
             output = self._new_value(node)
             self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+
+    def _folded(self, node: FxNode, arguments: Any, named: Any) -> Any:
+        """Return an operation's result on constants; a view of a weight without numbers is one too, a copy is not."""
+        target: Any = node.target
+        if _may_alias(node):
+            found = target(*arguments, **named)
+            if not self.kept or self.kept.stands_in(found):
+                return found
+        return target(*self.kept.real(arguments), **self.kept.real(named))
 
     def _read_first(self, node: FxNode, operation: Any, read: tuple[int, ...]) -> None:
         first = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
