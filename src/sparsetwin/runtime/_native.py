@@ -52,6 +52,39 @@ def aliased() -> frozenset[str]:
     )
 
 
+def hides_view(function: Any) -> bool:
+    """Tell whether an operation's result may be a view of what it reads, though its schema does not say so.
+
+    What an operation that is made of others returns is what these return: ``einsum`` or ``type_as`` may give back their
+    argument. Those that compute something new in any case are known by name.
+    """
+    name = str(function)  # an OpOverload
+    if name in _UNDECLARED_VIEWS:
+        return True
+    made_of_others = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+    return made_of_others and name not in NATIVE and name not in _ALWAYS_NEW
+
+
+_UNDECLARED_VIEWS = frozenset(
+    {
+        "aten._unsafe_view.default",
+        "aten.unsafe_chunk.default",
+        "aten.unsafe_split.Tensor",
+        "aten.unsafe_split_with_sizes.default",
+    }
+)
+_ALWAYS_NEW = frozenset(  # like all of `NATIVE`
+    {
+        "aten.conv1d.default",
+        "aten.group_norm.default",
+        "aten.layer_norm.default",
+        "aten.log_softmax.int",
+        "aten.scaled_dot_product_attention.default",
+        "aten.softmax.int",
+    }
+)
+
+
 def _float32(argument: Any, values: Values, *, axes: int | None = None) -> bool:
     """Tell whether an argument is a float32 value of so many axes."""
     value = values[argument.value] if isinstance(argument, Ref) else None

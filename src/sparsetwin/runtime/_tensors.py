@@ -12,6 +12,7 @@ import torch
 
 from sparsetwin.runtime._graph import Convolution, Graph, Node, Torch
 from sparsetwin.runtime._memory import Part, Segment
+from sparsetwin.runtime._native import hides_view
 from sparsetwin.runtime._steps import TensorStep, Unpack, values_read, values_written
 
 
@@ -88,10 +89,10 @@ def _last_parts(parts: Sequence[Part], graph: Graph) -> dict[int, int]:
 
 
 def may_be_view(node: Node) -> bool:
-    """Tell whether a node's result may share memory with what it reads, by its schema."""
+    """Tell whether a node's result may share memory with what it reads."""
     if not isinstance(node.operation, Torch):
         return False
     function: Any = node.operation.function
     if function is operator.getitem or not isinstance(function, torch._ops.OpOverload):
         return True
-    return any(result.alias_info is not None for result in function._schema.returns)
+    return hides_view(function) or any(result.alias_info is not None for result in function._schema.returns)

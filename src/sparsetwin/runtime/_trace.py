@@ -14,7 +14,7 @@ from torch.fx import Node as FxNode
 from sparsetwin.errors import UsageError
 from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, references
 from sparsetwin.runtime._kept_weights import KeptWeights
-from sparsetwin.runtime._native import NATIVE, aliased, schema_arguments
+from sparsetwin.runtime._native import NATIVE, aliased, hides_view, schema_arguments
 
 _FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
 _PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor", "aten.dropout_.default")
@@ -40,7 +40,7 @@ def trace(
         try:
             program = torch.export.export(model, arguments, dict(named), strict=False)
             if not _is_functional(program):
-                program = program.run_decompositions({})
+                program = program.run_decompositions(_hidden_views(program))
         except Exception as error:  # torch.export raises whatever the model or a pass raises
             reason = str(error).strip().splitlines()
             raise UsageError(
@@ -48,6 +48,13 @@ def trace(
                 f"{type(error).__name__}: {reason[0] if reason else ''}"
             ) from error
     return _Reader(program, KeptWeights() if kept is None else kept).graph()
+
+
+def _hidden_views(program: ExportedProgram) -> dict[Any, Any]:
+    """Return what takes apart the operations that may return a view unsaid: what is changed in place is seen then."""
+    known = torch.export.default_decompositions()
+    found = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return {target: known[target] for target in found if target in known and hides_view(target)}
 
 
 def _is_functional(program: ExportedProgram) -> bool:
@@ -70,7 +77,8 @@ def _may_alias(node: FxNode) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or str(target) in aliased():
         return True
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in target._schema.returns)
+    returns = target._schema.returns
+    return hides_view(target) or any(found.alias_info and not found.alias_info.is_write for found in returns)
 
 
 class _Reader:
@@ -94,8 +102,9 @@ class _Reader:
                 outputs = tuple(self._argument(leaf) for leaf in node.args[0])
         for spec in self.program.graph_signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
+                what = "input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
                 raise UsageError(
-                    f"the model changes its buffer {spec.target} in a call; deploy takes models that do not"
+                    f"the model changes its {what} {spec.target} in a call; deploy takes models that do not"
                 )
         return Graph(
             nodes=tuple(self.nodes),

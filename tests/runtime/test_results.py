@@ -1,0 +1,117 @@
+"""What a deployed network returns is the caller's: no later call, and no later layer, writes into it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
+
+from runtime_cases import FP32, graph_of, images, program, pruned, relative_error
+
+from sparsetwin.runtime._graph import Torch
+from sparsetwin.runtime._native import hides_view
+from sparsetwin.runtime._tensors import may_be_view
+
+aten = torch.ops.aten
+VIEWS = {  # that no schema tells of; each gets (6, 6)
+    "alpha_dropout": lambda y: torch.alpha_dropout(y, 0.5, False),
+    "atleast_1d": torch.atleast_1d,
+    "atleast_2d": torch.atleast_2d,
+    "atleast_3d": lambda y: torch.atleast_3d(y)[:, :, 0],
+    "broadcast_tensors": lambda y: torch.broadcast_tensors(y, y)[1],
+    "cartesian_prod": lambda y: torch.cartesian_prod(y.reshape(-1)).reshape(6, 6),
+    "conj_physical": torch.conj_physical,
+    "einsum": lambda y: torch.einsum("ij->ji", y),
+    "feature_alpha_dropout": lambda y: torch.feature_alpha_dropout(y, 0.5, False),
+    "meshgrid": lambda y: torch.meshgrid(y.reshape(-1), y.reshape(-1), indexing="ij")[0][:, :6],
+    "sum_to_size": lambda y: y.sum_to_size(6, 6),
+    "type_as": lambda y: y.type_as(torch.zeros(1)),
+    "unsafe_chunk": lambda y: torch.unsafe_chunk(y, 2, 1)[0].sum() + torch.unsafe_chunk(y, 1, 1)[0],
+    "unsafe_split": lambda y: torch.unsafe_split(y, 6, 1)[0],
+}
+
+
+class Seen(nn.Module):
+    """Two linear layers; a view of what the second, or the first, makes is used where memory might be used again."""
+
+    def __init__(self, view, *, inside: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.view, self.inside = view, inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inside:
+            return self.view(self.b(F.relu(self.a(x))))
+        y = self.view(self.a(x))
+        return self.c(torch.sigmoid(self.b(torch.sigmoid(y)))).sum() * y
+
+
+def seen(name: str, *, inside: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return pruned(Seen(VIEWS[name], inside=inside), 0.5).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_of_what_a_kernel_wrote_outlives_the_next_call(name):
+    model, x = seen(name, inside=False), images(6, 6)
+    made = program(graph_of(model, x)).program
+    (first,) = made.run([x])
+    kept = first.clone()
+    made.run([-x])
+    assert torch.equal(first, kept)
+    assert relative_error(first, model(x)) <= FP32
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_of_what_a_kernel_wrote_outlives_the_layers_behind_it(name):
+    model, x = seen(name, inside=True), images(6, 6)
+    (found,) = program(graph_of(model, x)).program.run([x])
+    assert relative_error(found, model(x)) <= FP32
+
+
+def test_an_activation_in_place_changes_what_a_view_shows():
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            return F.relu_(torch.einsum("ij->ji", y)) + y.t()
+
+    x = images(6, 6)
+    expected = InPlace()(x)
+    (found,) = program(graph_of(InPlace(), x)).program.run([x])
+    assert torch.equal(found, expected)
+
+
+A, B, P = images(6, 6), images(1, 6, 4, 4), torch.ones(6)
+NEW = {  # made of others, and their results share nothing with their arguments
+    aten.adaptive_avg_pool2d.default: (B, (1, 1)),
+    aten.batch_norm.default: (B, P, P, P, P, False, 0.1, 1e-5, False),
+    aten.conv1d.default: (A, torch.ones(6, 6, 1)),
+    aten.conv2d.default: (B, torch.ones(6, 6, 1, 1)),
+    aten.group_norm.default: (B, 1),
+    aten.layer_norm.default: (A, (6,)),
+    aten.linear.default: (A, torch.eye(6)),
+    aten.log_softmax.int: (A, 1),
+    aten.matmul.default: (A, torch.eye(6)),
+    aten.max_pool2d.default: (B, 1),
+    aten.scaled_dot_product_attention.default: (B, B, B),
+    aten.softmax.int: (A, 1),
+}
+
+
+@pytest.mark.parametrize("function", NEW, ids=str)
+def test_operations_that_always_compute_something_new_do_so(function):
+    arguments = NEW[function]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+    assert not hides_view(function)
+    memory = {part.untyped_storage().data_ptr() for part in arguments if isinstance(part, Tensor)}
+    assert function(*arguments).untyped_storage().data_ptr() not in memory
+
+
+def test_what_pytorch_runs_between_kernels_is_known_as_a_view_or_not():
+    graph = graph_of(seen("type_as", inside=True), images(6, 6))
+    found = {
+        str(node.operation.function): may_be_view(node) for node in graph.nodes if isinstance(node.operation, Torch)
+    }
+    assert found["aten.type_as.default"]
+    assert not found["aten.sigmoid.default"]
