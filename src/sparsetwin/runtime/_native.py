@@ -37,19 +37,16 @@ def schema_arguments(target: Any, arguments: tuple[Any, ...], named: Mapping[str
     return found
 
 
-def aliased() -> frozenset[str]:
-    """Return the operations that give back their first argument in a network that is not trained."""
-    return frozenset(
-        {
-            "aten.dropout.default",
-            "aten.dropout_.default",
-            "aten.feature_dropout.default",
-            "aten.detach.default",
-            "aten.detach_.default",
-            "aten.alias.default",
-            "aten.lift_fresh_copy.default",
-        }
-    )
+def gives_back_argument(target: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Tell whether an operation does nothing but give back its first argument; dropout may be on in any network."""
+    name = str(target)
+    if name in _DROPOUTS:
+        return not schema_arguments(target, arguments, named)["train"]
+    return name in _SAME
+
+
+_DROPOUTS = frozenset({"aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default"})
+_SAME = frozenset({"aten.detach.default", "aten.detach_.default", "aten.alias.default", "aten.lift_fresh_copy.default"})
 
 
 def hides_view(function: Any) -> bool:

@@ -14,10 +14,10 @@ from torch.fx import Node as FxNode
 from sparsetwin.errors import UsageError
 from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, references
 from sparsetwin.runtime._kept_weights import KeptWeights
-from sparsetwin.runtime._native import NATIVE, aliased, hides_view, schema_arguments
+from sparsetwin.runtime._native import NATIVE, gives_back_argument, hides_view, schema_arguments
 
 _FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
-_PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor", "aten.dropout_.default")
+_PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor")
 
 
 @torch.no_grad()
@@ -65,7 +65,8 @@ def _is_functional(program: ExportedProgram) -> bool:
         if not node.target._schema.is_mutable:
             continue
         changed = node.args[0] if node.args else None
-        if str(node.target) not in _PURE_IN_PLACE or not isinstance(changed, FxNode):
+        pure = str(node.target) in _PURE_IN_PLACE or gives_back_argument(node.target, node.args, node.kwargs)
+        if not pure or not isinstance(changed, FxNode):
             return False
         if changed.op != "call_function" or len(changed.users) != 1 or _may_alias(changed):
             return False
@@ -75,7 +76,7 @@ def _is_functional(program: ExportedProgram) -> bool:
 def _may_alias(node: FxNode) -> bool:
     """Tell whether a node's result may share memory with another value."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or str(target) in aliased():
+    if not isinstance(target, torch._ops.OpOverload) or gives_back_argument(target, node.args, node.kwargs):
         return True
     returns = target._schema.returns
     return hides_view(target) or any(found.alias_info and not found.alias_info.is_write for found in returns)
@@ -162,7 +163,7 @@ class _Reader:
         if next(references((arguments, named)), None) is None and _foldable(node):
             self.known[node] = self._folded(node, arguments, named)
             return
-        if str(target) in aliased():
+        if gives_back_argument(target, arguments, named):
             self.known[node] = arguments[0]
             return
         if not node.users and not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
