@@ -98,6 +98,20 @@ def test_weights_that_are_converted_or_copied_have_the_numbers_of_the_file(tmp_p
     assert relative_error(run_plain(graph, [x])[0], model(x).detach()) <= FP32
 
 
+def test_a_weight_that_is_returned_has_the_numbers_of_the_file(tmp_path):
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(20, 30)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(x), self.inner.weight.t()
+
+    model, x = saved(tmp_path / "f", pruned(Shown(), 0.2)), images(4, 20)
+    graph = InFile(SparseFile.open(tmp_path / "f"), Shown).graph((x,), {})
+    assert torch.equal(run_plain(graph, [x])[1], model.inner.weight.t())
+
+
 @pytest.mark.parametrize("values", ["exact", "int8"])
 def test_a_saved_network_keeps_what_the_file_had_in_few_bits(tmp_path, values):
     torch.manual_seed(0)

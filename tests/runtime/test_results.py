@@ -115,3 +115,50 @@ def test_what_pytorch_runs_between_kernels_is_known_as_a_view_or_not():
     }
     assert found["aten.type_as.default"]
     assert not found["aten.sigmoid.default"]
+
+
+class Constants(nn.Module):
+    """Returns constants, and views of them, beside what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+        self.register_buffer("table", images(6, 6, seed=3))
+        self.register_buffer("large", torch.arange(5_000_000.0))  # too large to be computed once
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        positions = torch.arange(x.shape[1]).float()
+        return self.f(x), positions, self.table, self.large[:6], self.large.view(-1), self.table.expand_as(x)
+
+
+@pytest.mark.parametrize("planes", [True, False])
+def test_a_caller_may_change_constant_results_and_no_later_call_shows_it(planes):
+    torch.manual_seed(0)
+    model, x = Constants().eval().requires_grad_(False), images(6, 6)
+    made = program(graph_of(model, x), planes=planes).program
+    for _ in range(2):
+        results = made.run([x])
+        for found, expected in zip(results, model(x), strict=True):
+            assert relative_error(found, expected) <= FP32
+            found.mul_(0)
+    assert float(model.table.abs().max()) > 0
+
+
+IN_PLACE = {
+    "added to zeros": lambda x: torch.zeros(6, 6).add_(x),
+    "an activation of a constant": lambda x: x + F.silu(torch.arange(6.0), inplace=True),
+    "a buffer of zeros, filled": lambda x: torch.zeros(6, 12).index_add_(1, torch.arange(6), x),
+    "written into": lambda x: torch.ones(6, 6).mul_(2).sub_(x),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_a_call_makes_and_changes_in_place_begins_anew_in_the_next(name):
+    class Filled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return IN_PLACE[name](x)
+
+    x = images(6, 6)
+    made = program(graph_of(Filled(), x)).program
+    for number in range(3):
+        assert torch.equal(made.run([x + number])[0], Filled()(x + number))

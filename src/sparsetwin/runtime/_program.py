@@ -31,7 +31,7 @@ from sparsetwin.runtime._steps import (
     values_written,
 )
 from sparsetwin.runtime._steps import Pool as PoolStep
-from sparsetwin.runtime._tensors import Tensors, plan_tensors
+from sparsetwin.runtime._tensors import Tensors, lasting_results, plan_tensors
 
 Function = Callable[..., Any]
 Maker = Callable[[Product, Any, Any], SparseConvolution | DenseConvolution]
@@ -82,6 +82,7 @@ class Program:
         self._free: deque[Workspace] = deque()  # append and pop are atomic
         self._dropped = _last_uses(self.parts, graph)
         self.tensors: Tensors = plan_tensors(self.parts, graph)
+        self._lasting = lasting_results(graph)
 
     def _shared(self, node: Node, run: Function) -> Function:
         """Return what runs a node on tensors, on one of PyTorch's threads if kernels have several and it is small."""
@@ -148,7 +149,11 @@ class Workspace:
                     values[node.output] = program.functions[node.output](*[values[value] for value in node.inputs])
             for value in program._dropped[number]:
                 del values[value]
-        return [filled(leaf, values) for leaf in program.graph.outputs]
+        results = [filled(leaf, values) for leaf in program.graph.outputs]
+        for place in program._lasting:
+            if isinstance(results[place], Tensor):
+                results[place] = results[place].clone()
+        return results
 
     def _run_segment(self, number: int, segment: Segment, values: dict[int, Any]) -> None:
         program = self.program

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparsetwin.runtime._graph import Convolution, Graph, Node, Torch
+from sparsetwin.runtime._graph import Convolution, Graph, Node, Ref, Torch, tensors_of
 from sparsetwin.runtime._memory import Part, Segment
 from sparsetwin.runtime._native import hides_view
 from sparsetwin.runtime._steps import TensorStep, Unpack, values_read, values_written
@@ -86,6 +86,21 @@ def _last_parts(parts: Sequence[Part], graph: Graph) -> dict[int, int]:
                 used[value] = number
     results = graph.results()
     return {value: max(used.get(view, -1) for view in found) for value, found in views.items() if not found & results}
+
+
+def lasting_results(graph: Graph) -> frozenset[int]:
+    """Return the places of results that are constants of the graph, or may be views of them: callers get copies."""
+    lasting: set[int] = set()
+    for node in graph.nodes:
+        if may_be_view(node) and (
+            next(tensors_of(node.operation), None) is not None or lasting.intersection(node.inputs)
+        ):
+            lasting.add(node.output)
+    return frozenset(
+        place
+        for place, leaf in enumerate(graph.outputs)
+        if isinstance(leaf, torch.Tensor) or (isinstance(leaf, Ref) and leaf.value in lasting)
+    )
 
 
 def may_be_view(node: Node) -> bool:

@@ -59,7 +59,10 @@ def _hidden_views(program: ExportedProgram) -> dict[Any, Any]:
 
 def _is_functional(program: ExportedProgram) -> bool:
     """Tell whether nothing is changed in place but what nobody else reads: a layer's result by its own activation."""
+    made: set[FxNode] = set()  # anew in each call: not to be computed once and kept
     for node in program.graph.nodes:
+        if node.name in program.graph_signature.user_inputs or not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if not node.target._schema.is_mutable:
@@ -68,7 +71,7 @@ def _is_functional(program: ExportedProgram) -> bool:
         pure = str(node.target) in _PURE_IN_PLACE or gives_back_argument(node.target, node.args, node.kwargs)
         if not pure or not isinstance(changed, FxNode):
             return False
-        if changed.op != "call_function" or len(changed.users) != 1 or _may_alias(changed):
+        if changed.op != "call_function" or changed not in made or len(changed.users) != 1 or _may_alias(changed):
             return False
     return True
 
@@ -100,7 +103,7 @@ class _Reader:
             elif node.op == "call_function":
                 self._read_call(node)
             elif node.op == "output":
-                outputs = tuple(self._argument(leaf) for leaf in node.args[0])
+                outputs = tuple(self.kept.real(self._argument(leaf)) for leaf in node.args[0])
         for spec in self.program.graph_signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
                 what = "input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
