@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsetwin.models import build
 from sparsetwin.models.wide_resnets import WideResNet
-from sparsetwin.runtime._graph import Torch
+from sparsetwin.runtime._graph import MaxPool, Torch
 from sparsetwin.runtime._plain import run_plain
 
 
@@ -116,3 +116,39 @@ def test_what_no_kernel_is_for_runs_in_pytorch_and_results_keep_their_structure(
     assert found["rest"][1][1:] == [None, 3]
     assert deployed.plan.torch_operations["aten.cat.default"] == 1
     assert "aten.cat.default x1" in str(deployed.plan)
+
+
+class Where(nn.Module):
+    """Max pooling that tells where a maximum was; what is made of it is given."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.pool, self.use = nn.MaxPool2d(2, return_indices=True), use
+
+    def forward(self, x: torch.Tensor) -> object:
+        hidden, indices = self.pool(torch.relu(self.before(x)))
+        return self.use(self.after, hidden, indices)
+
+
+USES = {
+    "both": lambda after, hidden, indices: F.max_unpool2d(after(hidden), indices, 2),
+    "both, returned": lambda after, hidden, indices: (after(hidden), indices),
+    "indices alone": lambda after, hidden, indices: indices,
+    "values alone": lambda after, hidden, indices: after(hidden),
+    "neither": lambda after, hidden, indices: torch.ones(2, 3),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("planes", [True, False])
+def test_max_pooling_with_indices_equals_itself_whatever_of_it_is_used(use, planes):
+    torch.manual_seed(0)
+    model, x = pruned(Where(USES[use]), 0.5).requires_grad_(False), images(2, 3, 12, 10)
+    graph = graph_of(model, x)
+    expected = model(x)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for found, wanted in zip(program(graph, planes=planes).program.run([x]), expected, strict=True):
+        assert relative_error(found, wanted) <= FP32
+    natively = any(isinstance(node.operation, MaxPool) for node in graph.nodes)
+    assert natively == (use == "values alone")

@@ -161,7 +161,8 @@ class _Reader:
         arguments, named = self._argument(tuple(node.args)), self._argument(dict(node.kwargs))
         target: Any = node.target
         if target is operator.getitem and isinstance(arguments[0], tuple):
-            self.known[node] = arguments[0][arguments[1]]
+            if node.users:
+                self.known[node] = arguments[0][arguments[1]]
             return
         if next(references((arguments, named)), None) is None and _foldable(node):
             self.known[node] = self._folded(node, arguments, named)
@@ -173,15 +174,16 @@ class _Reader:
             return  # an assertion about shapes, which are fixed here
         operation: Any = None
         read: tuple[int, ...] = ()
-        if str(target) in NATIVE:
+        several = isinstance(node.meta.get("val"), (tuple, list))
+        if str(target) in NATIVE and not (several and _uses_others(node)):
             operation, read = NATIVE[str(target)](schema_arguments(target, arguments, named), self.values) or (None, ())
-        single = isinstance(node.meta.get("val"), (tuple, list)) and operation is not None
+        native = operation is not None
         if isinstance(operation, Layer):
             operation = self.kept.layer(operation)
         elif operation is None:
             operation = Torch(function=target, arguments=self.kept.real(arguments), named=self.kept.real(named))
             read = tuple(dict.fromkeys(references((arguments, named))))
-        if single:  # a native operation makes the first of several results, the only one that inference uses
+        if several and native:  # it makes the first of several results, the only one that is used
             self._read_first(node, operation, read)
         else:
             output = self._new_value(node)
@@ -201,6 +203,12 @@ class _Reader:
         output = self._new_value(first)
         self.known[node] = (Ref(value=output),)
         self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+
+
+def _uses_others(node: FxNode) -> bool:
+    """Tell whether other results of a node are used than the first, such as where a maximum was; or none."""
+    used = [user for user in node.users if user.users]
+    return not used or any(user.target is not operator.getitem or user.args[1] != 0 for user in used)
 
 
 def _foldable(node: FxNode) -> bool:
