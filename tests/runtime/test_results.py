@@ -9,6 +9,7 @@ pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
 
 from runtime_cases import FP32, graph_of, images, program, pruned, relative_error
 
+from sparsetwin.runtime import deploy
 from sparsetwin.runtime._graph import Torch
 from sparsetwin.runtime._native import hides_view
 from sparsetwin.runtime._tensors import may_be_view
@@ -162,3 +163,26 @@ def test_what_a_call_makes_and_changes_in_place_begins_anew_in_the_next(name):
     made = program(graph_of(Filled(), x)).program
     for number in range(3):
         assert torch.equal(made.run([x + number])[0], Filled()(x + number))
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
+        return self.inner(x.sub_(shift))
+
+
+def test_deploy_leaves_the_example_as_it_is_and_a_call_changes_its_input_once():
+    torch.manual_seed(0)
+    model, x, shift = ChangesItsInput().eval().requires_grad_(False), images(4, 6), images(4, 6, seed=2)
+    given = x.clone()
+    deployed = deploy(model, {"x": given, "shift": shift}, rivals=())
+    assert torch.equal(given, x)
+    assert "changes its input x" in str(deployed.plan)
+    for rows in (4, 3):  # as planned, and planned in the call
+        y, z = x[:rows].clone(), x[:rows].clone()
+        found = deployed(y, shift=shift[:rows])
+        assert relative_error(found, model(z, shift=shift[:rows])) <= FP32
+        assert torch.equal(y, z)

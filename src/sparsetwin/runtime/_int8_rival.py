@@ -64,7 +64,7 @@ def int8_runner(model: nn.Module, call: Call, *, calibration: Sequence[Call], th
     if call.named or len(call.tensors) != len(call.leaves) or len(call.leaves) != len(call.arguments):
         raise NotHereError("takes calls of tensors by position only")
     with torch.no_grad():
-        expected = [model(*batch.arguments) for batch in calibration]
+        expected = [model(*(leaf.clone() for leaf in batch.tensors)) for batch in calibration]
     if not all(isinstance(found, Tensor) for found in expected):
         raise NotHereError("takes models with one tensor as result only")
     try:

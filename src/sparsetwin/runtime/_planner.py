@@ -4,7 +4,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsetwin.errors import UsageError
 from sparsetwin.kernels import Target
@@ -73,6 +74,7 @@ class Planner:
             call: An example.
             like: The plan of another shape: its choices of layers are taken over, and only whole calls are timed.
         """
+        call = _on_copies(call)
         notes: list[str] = []
         graph = self._graph(call, notes)
         choices = {} if like is None or like.program is None else like.program.float32 or like.program.choices
@@ -157,3 +159,12 @@ class Planner:
                 model = swapped_linears(model, threads=self.threads, reduced=self.reduced)
             self.layers = model
         return self.layers
+
+
+def _on_copies(call: Call) -> Call:
+    """Return a call on copies of its tensors: a model may work in place on what it is given."""
+    leaves, spec = pytree.tree_flatten((call.arguments, dict(call.named)))
+    copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)}
+    own = [copies.get(id(leaf), leaf) for leaf in leaves]
+    arguments, named = pytree.tree_unflatten(own, spec)
+    return Call(arguments, named, own, call.key)
