@@ -43,6 +43,7 @@ _ROUNDS = 3
 _ANY_SIZE = frozenset(  # operations whose arguments hold no size
     f"aten.{name}"
     for name in (
+        "contiguous.default",
         "flatten.using_ints",
         "add.Tensor",
         "sub.Tensor",

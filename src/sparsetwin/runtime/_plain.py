@@ -36,7 +36,8 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 _METHODS: dict[str, Callable[..., Any]] = {  # the same, called faster than by name
-    "aten.view.default": Tensor.view,
+    "aten.view.default": Tensor.reshape,  # channels may lie last here where the model's do not
+    "aten._unsafe_view.default": Tensor.reshape,
     "aten.reshape.default": Tensor.reshape,
     "aten.transpose.int": Tensor.transpose,
     "aten.permute.default": Tensor.permute,

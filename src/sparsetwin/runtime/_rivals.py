@@ -47,7 +47,7 @@ def channels_last_runner(model: nn.Module) -> Runner:
 
     def run(call: Call) -> Any:
         arguments, named = pytree.tree_map_only(Tensor, _channels_last, (call.arguments, dict(call.named)))
-        return model(*arguments, **named)
+        return pytree.tree_map_only(Tensor, Tensor.contiguous, model(*arguments, **named))
 
     return run
 

@@ -12,10 +12,22 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Node as FxNode
 
 from sparsetwin.errors import UsageError
-from sparsetwin.runtime._graph import Graph, Layer, Node, Ref, Torch, Value, references
+from sparsetwin.runtime._graph import (
+    Convolution,
+    GlobalMean,
+    Graph,
+    Layer,
+    Linear,
+    Node,
+    Ref,
+    Torch,
+    Value,
+    references,
+)
 from sparsetwin.runtime._kept_weights import KeptWeights
 from sparsetwin.runtime._native import NATIVE, gives_back_argument, hides_view, schema_arguments
 
+_BY_STRIDES = ("aten.as_strided.default", "aten.view_as_complex.default")  # what they return depends on how memory lies
 _FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
 _PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor")
 
@@ -93,6 +105,7 @@ class _Reader:
         self.known: dict[FxNode, Any] = {}  # a Ref, a constant, or a tuple of which only parts are used
         self.values: dict[int, Value | None] = {}
         self.nodes: list[Node] = []
+        self.blocked: set[int] = set()  # values whose channels may lie last, as dense convolutions leave them
 
     def graph(self) -> Graph:
         inputs = self._read_placeholders()
@@ -103,7 +116,7 @@ class _Reader:
             elif node.op == "call_function":
                 self._read_call(node)
             elif node.op == "output":
-                outputs = tuple(self.kept.real(self._argument(leaf)) for leaf in node.args[0])
+                outputs = tuple(self.kept.real(self._as_in_model(leaf)) for leaf in node.args[0])
         for spec in self.program.graph_signature.output_specs:
             if spec.kind is not OutputKind.USER_OUTPUT:
                 what = "input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
@@ -157,9 +170,30 @@ class _Reader:
             return {name: self._argument(part) for name, part in argument.items()}
         return argument
 
+    def _as_in_model(self, leaf: Any) -> Any:
+        """Return an argument or a result: made contiguous if it is in the model, and channels may lie last here."""
+        found, meta = self._argument(leaf), leaf.meta.get("val") if isinstance(leaf, FxNode) else None
+        if not isinstance(found, Ref) or found.value not in self.blocked:
+            return found
+        if not isinstance(meta, Tensor) or not meta.is_contiguous():
+            return found
+        number = len(self.values)
+        self.values[number] = self.values[found.value]
+        operation = Torch(function=torch.ops.aten.contiguous.default, arguments=(found,))
+        self.nodes.append(Node(name=_layer_name(leaf), operation=operation, inputs=(found.value,), output=number))
+        return Ref(value=number)
+
+    def _append(self, node: FxNode, operation: Any, read: tuple[int, ...], output: int) -> None:
+        inherits = not isinstance(operation, Linear | GlobalMean) and not self.blocked.isdisjoint(read)
+        if isinstance(operation, Convolution) or inherits:
+            self.blocked.add(output)
+        self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+
     def _read_call(self, node: FxNode) -> None:
         arguments, named = self._argument(tuple(node.args)), self._argument(dict(node.kwargs))
         target: Any = node.target
+        if str(target) in _BY_STRIDES:
+            arguments = (self._as_in_model(node.args[0]), *arguments[1:])
         if target is operator.getitem and isinstance(arguments[0], tuple):
             if node.users:
                 self.known[node] = arguments[0][arguments[1]]
@@ -186,8 +220,7 @@ class _Reader:
         if several and native:  # it makes the first of several results, the only one that is used
             self._read_first(node, operation, read)
         else:
-            output = self._new_value(node)
-            self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+            self._append(node, operation, read, self._new_value(node))
 
     def _folded(self, node: FxNode, arguments: Any, named: Any) -> Any:
         """Return an operation's result on constants; a view of a weight without numbers is one too, a copy is not."""
@@ -202,7 +235,7 @@ class _Reader:
         first = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
         output = self._new_value(first)
         self.known[node] = (Ref(value=output),)
-        self.nodes.append(Node(name=_layer_name(node), operation=operation, inputs=read, output=output))
+        self._append(node, operation, read, output)
 
 
 def _uses_others(node: FxNode) -> bool:
