@@ -1,7 +1,9 @@
 """Plans a call: traces, measures the layers, then the whole call against dense rivals, and keeps the fastest."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.utils import _pytree as pytree
 from sparsetwin.errors import UsageError
 from sparsetwin.kernels import Target
 from sparsetwin.runtime._calls import Call
+from sparsetwin.runtime._checked import right_programs
 from sparsetwin.runtime._choices import Prefer
 from sparsetwin.runtime._contest import Contest
 from sparsetwin.runtime._entries import HALF, Entry, Made, make_programs, near_float32, with_program
@@ -18,6 +21,7 @@ from sparsetwin.runtime._half import Half, exponents_for, largest_values
 from sparsetwin.runtime._half_programs import HalfPrograms, half_programs
 from sparsetwin.runtime._machine import kernels_run, machine
 from sparsetwin.runtime._network import Network
+from sparsetwin.runtime._plain import run_plain
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._reduced import DensePlanes, dense_planes, notes_of
 from sparsetwin.runtime._rivals import Runner, eager_runner
@@ -79,6 +83,7 @@ class Planner:
         graph = self._graph(call, notes)
         choices = {} if like is None or like.program is None else like.program.float32 or like.program.choices
         programs: dict[str, Made] = {}
+        wrong: dict[str, str] = {}
         halves = HalfPrograms()
         if graph is not None:
             bfloat16 = dense_planes(allowed=self.reduced)
@@ -86,7 +91,9 @@ class Planner:
                 graph, choices, threads=self.threads, dense=self.dense, prefer=self.prefer, bfloat16=bfloat16
             )
             programs = near_float32(programs, call, bfloat16)
-            halves = self._halves(graph, call, next(iter(programs.values())), like, bfloat16)
+            programs, wrong = right_programs(programs, call, self._reference_of(graph, call))
+            if programs:
+                halves = self._halves(graph, call, next(iter(programs.values())), like, bfloat16)
             programs |= halves.made
             notes += [*notes_of(bfloat16, allowed=self.reduced), *halves.notes]
         contest = Contest(self, call, graph, quick=like is not None)
@@ -98,11 +105,11 @@ class Planner:
             inputs=call.describe(),
             engine=fastest,
             candidates=seconds,
-            skipped={**halves.skipped, **contest.skipped},
+            skipped={**wrong, **halves.skipped, **contest.skipped},
             notes=(*notes, *contest.notes),
         )
         entry = Entry(call=call.without_numbers(), run=contest.runners[fastest], plan=plan)
-        return entry if graph is None else with_program(entry, graph, programs, seconds)
+        return entry if graph is None or not programs else with_program(entry, graph, programs, seconds)
 
     def _halves(
         self, graph: Graph, call: Call, float32: Made, like: Entry | None, bfloat16: DensePlanes | None
@@ -138,6 +145,12 @@ class Planner:
                 self._check(call)
                 notes.append(str(error))
         return None
+
+    def _reference_of(self, graph: Graph, call: Call) -> Callable[[], Any]:
+        """Return what computes a call without kernels: the model, or its graph layer by layer if it is in a file."""
+        if self.network.in_memory:
+            return partial(self.reference, call)
+        return partial(run_plain, graph, call.leaves)
 
     def _check(self, call: Call) -> None:
         """Refuse a call that the original network does not take either, which says more than that it was not traced.
