@@ -163,13 +163,16 @@ def _without_dense_planes(choice: Choice) -> Choice:
 
 
 def all_planes(graph: Graph, choices: Choices) -> Choices:
-    """Return choices with every node on planes that can be and that was measured there."""
-    return {
-        node.output: replace(
-            choices[node.output], engine=choices[node.output].fastest_on_planes or choices[node.output].engine
-        )
-        for node in graph.nodes
-    }
+    """Return choices with every node on planes that can be and that was measured there; others keep theirs.
+
+    The seconds may be those of another shape, whose values fitted planes where this one's do not.
+    """
+
+    def engine(node: Node) -> Engine:
+        choice = choices[node.output]
+        return (can_use_planes(graph, node) and choice.fastest_on_planes) or choice.engine
+
+    return {node.output: replace(choices[node.output], engine=engine(node)) for node in graph.nodes}
 
 
 class _Measure:

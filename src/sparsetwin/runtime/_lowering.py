@@ -130,6 +130,12 @@ class _Lowering:
     def on_planes(self, node: Node) -> None:
         inputs = [self.planes(value) for value in node.inputs]
         operation = node.operation
+        if isinstance(operation, Linear):
+            found = self.graph.values[node.inputs[0]]
+            assert found is not None
+            assert len(found.shape) in (2, 3), (
+                "a linear layer on planes takes tokens: the channels of images lie elsewhere"
+            )
         if isinstance(operation, GlobalMean):
             self.steps.append(Mean(node=node, source=inputs[0], value=node.output))
             self.tensors.add(node.output)
