@@ -16,6 +16,7 @@ from sparsetwin.runtime._entries import Entry
 from sparsetwin.runtime._file import save_entries
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._rivals import Runner
+from sparsetwin.runtime._sizes import Axes
 
 SHAPES = 8  # that are planned when they are first called with; further ones run layer by layer
 _LOCK = threading.RLock()  # planning is for one thread at a time
@@ -49,6 +50,9 @@ class Source(Protocol):
 
     def swapped(self) -> nn.Module:
         """Return the model with sparse linears in place."""
+
+    def free_axes(self, entry: Entry) -> Axes | None:
+        """Return for each leaf of a call the axes whose sizes no operation depends on; None if that is not known."""
 
 
 class Deployed(nn.Module):
@@ -121,13 +125,18 @@ class Deployed(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write all plans with their weights to one file, which `load` maps into memory.
 
+        The model is traced for other sizes to find out which of them the file can be used for.
+
         Args:
             path: A safetensors file; an old one is replaced when the new one is complete.
 
         Raises:
             UsageError: If the model could not be traced, or holds what a file cannot name.
         """
-        save_entries(Path(path), self.plans_by_shape, name=self._source.value.name, signature=self._caller.signature)
+        source, first = self._source.value, self._first
+        with _LOCK, plain_mode():
+            axes = None if first.program is None else source.free_axes(first)
+        save_entries(Path(path), self.plans_by_shape, name=source.name, signature=self._caller.signature, axes=axes)
 
     @property
     def plans_by_shape(self) -> tuple[Entry, ...]:

@@ -37,6 +37,7 @@ from sparsetwin.runtime._entries import Entry, Made, is_program
 from sparsetwin.runtime._graph import Graph, Layer, Node
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
+from sparsetwin.runtime._sizes import Axes
 
 _KEY, _VERSION = "sparsetwin", 2
 _LINE = 64  # bytes
@@ -65,8 +66,27 @@ class Saved:
     half: SavedHalf | None = None
 
 
-def save_entries(path: Path, entries: Sequence[Entry], *, name: str, signature: inspect.Signature) -> None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedFile:
+    """A deployed network as a file holds it."""
+
+    name: str  # the model's class
+    signature: inspect.Signature
+    shapes: list[Saved]
+    axes: Axes | None  # of the first shape's call, whose sizes may change; None: not known
+
+
+def save_entries(
+    path: Path, entries: Sequence[Entry], *, name: str, signature: inspect.Signature, axes: Axes | None = None
+) -> None:
     """Write entries to a file, replacing it when the new one is complete.
+
+    Args:
+        path: Of the file.
+        entries: The example's first.
+        name: The model's class.
+        signature: How it is called.
+        axes: For each leaf of the first entry's call those whose sizes may change; None if that is not known.
 
     Raises:
         UsageError: If there is no program, or something that a file cannot name.
@@ -80,6 +100,7 @@ def save_entries(path: Path, entries: Sequence[Entry], *, name: str, signature: 
         "name": name,
         "signature": _encoded_signature(signature),
         "shapes": shapes,
+        "free_axes": axes,  # not in files of the first releases of this version
         "tensors": {key: list(tensor.shape) for key, tensor in sorted(store.tensors.items())},
     }
     _write_aligned(path, {key: _in_lines(tensor) for key, tensor in store.tensors.items()}, json.dumps(content))
@@ -108,8 +129,8 @@ def _in_lines(tensor: Tensor) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % (_LINE // flat.element_size())))
 
 
-def read_file(path: Path) -> tuple[str, inspect.Signature, list[Saved]]:
-    """Return the model's class, its signature, and what was saved of each shape, on the memory of the file.
+def read_file(path: Path) -> SavedFile:
+    """Return what was saved, on the memory of the file.
 
     Raises:
         CheckpointError: If the file is missing, damaged, foreign or of another version.
@@ -121,13 +142,20 @@ def read_file(path: Path) -> tuple[str, inspect.Signature, list[Saved]]:
         saved = [_decoded_entry(found, tensors) for found in content["shapes"]]
         signature = _decoded_signature(content["signature"])
         name = str(content["name"])
+        axes = _decoded_axes(content.get("free_axes"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged or of another version: {error!r}") from error
     if not saved:
         raise CheckpointError(f"{path} holds no plan")
-    return name, signature, saved
+    if axes is not None and len(axes) != len(saved[0].call.leaves):
+        raise CheckpointError(f"{path} is damaged: it has free axes for another call than its plan")
+    return SavedFile(name=name, signature=signature, shapes=saved, axes=axes)
+
+
+def _decoded_axes(found: Any) -> Axes | None:
+    return None if found is None else tuple(tuple(map(int, axes)) for axes in found)
 
 
 def _checked_content(path: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """`load`: a deployed network from its file, without the model's code."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,42 +29,19 @@ from sparsetwin.runtime._entries import (
     with_program,
 )
 from sparsetwin.runtime._file import Saved, SavedHalf, read_file
-from sparsetwin.runtime._graph import Graph, Layer, Node, Torch, Value
+from sparsetwin.runtime._graph import Add, Graph, Layer, Node, Value
 from sparsetwin.runtime._half import Half, half_target_if
 from sparsetwin.runtime._half_programs import HalfPrograms, half_programs
 from sparsetwin.runtime._machine import kernels_run, machine
-from sparsetwin.runtime._plain import run_plain, values_of
+from sparsetwin.runtime._plain import apply, run_plain, values_of
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
 from sparsetwin.runtime._reduced import dense_planes
 from sparsetwin.runtime._rivals import Runner
+from sparsetwin.runtime._sizes import Axes, changed_axes, numbers_of_unknown_origin, operations_of_one_size
 from sparsetwin.runtime._timing import race
 
 _ROUNDS = 3
-_ANY_SIZE = frozenset(  # operations whose arguments hold no size
-    f"aten.{name}"
-    for name in (
-        "contiguous.default",
-        "flatten.using_ints",
-        "add.Tensor",
-        "sub.Tensor",
-        "mul.Tensor",
-        "div.Tensor",
-        "cat.default",
-        "sigmoid.default",
-        "tanh.default",
-        "relu6.default",
-        "hardtanh.default",
-        "hardswish.default",
-        "hardsigmoid.default",
-        "leaky_relu.default",
-        "elu.default",
-        "softmax.int",
-        "avg_pool2d.default",
-        "max_pool2d.default",
-        "adaptive_avg_pool2d.default",
-    )
-)
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Deployed:
@@ -71,7 +49,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Deployed:
 
     The file is mapped into memory, so that processes that load it share its weights. If it comes from another
     processor, or another number of threads is asked for, all is measured again. A network of convolutions takes new
-    sizes, as when it was deployed; one with other operations takes the shapes that were planned before it was saved.
+    sizes, as when it was deployed, where `save` found that none of its operations depends on them; one with other
+    operations takes the shapes that were planned before it was saved.
 
     Args:
         path: The file.
@@ -88,9 +67,10 @@ def load(path: str | Path, *, threads: int | None = None) -> Deployed:
 
 def loaded(path: Path, *, threads: int | None, half: Target | None) -> Deployed:
     """Return the network of a file; plans that were made with a target of float16 arithmetic take ``half`` for it."""
-    name, signature, shapes = read_file(path)
+    file = read_file(path)
+    shapes = file.shapes
     number = shapes[0].plan.threads if threads is None else threads
-    source = FileSource(name=name, signature=signature, threads=number, half=half)
+    source = FileSource(name=file.name, signature=file.signature, threads=number, half=half, axes=file.axes)
     try:
         with plain_mode():
             source.entries = tuple(source.restored(saved) for saved in shapes)
@@ -110,6 +90,7 @@ class FileSource:
     threads: int
     entries: tuple[Entry, ...] = ()
     half: Target | None = None  # with float16 arithmetic, for plans that were made with it
+    axes: Axes | None = None  # of the first entry's call, whose sizes may change; None: not known
 
     def restored(self, saved: Saved) -> Entry:
         """Return a saved plan as it was; measured again if this machine or the number of threads is another one."""
@@ -134,16 +115,16 @@ class FileSource:
         """Plan a call of new sizes.
 
         Raises:
-            UsageError: If the network has operations that hold sizes, or the call is one of another kind.
+            UsageError: If the network has operations that hold sizes, or may hold them, or the call is one of another
+                kind.
         """
         made = self._like(like)
-        held = {str(node.operation.function) for node in made.graph.nodes if isinstance(node.operation, Torch)}
-        if call.key is None or not _same_kind(call, self.entries[0].call) or held - _ANY_SIZE:
+        reason = self._refusal(call, made.graph)
+        if reason is not None:
             known = "; ".join(entry.call.describe() for entry in self.entries)
-            reason = f"its operations {', '.join(sorted(held - _ANY_SIZE))} hold sizes" if held - _ANY_SIZE else ""
             raise UsageError(
                 f"this {self.name} was loaded from a file with plans for {known}; got {call.describe()}"
-                f"{'; ' if reason else ''}{reason}. Deploy the model, call prepare for each shape, and save again"
+                f"{reason}. Deploy the model, call prepare for each shape, and save again"
             )
         graph = resized(unpacked(made.graph, made.packed), call)
         if made.packed.half is None or made.float32 is None:
@@ -151,6 +132,28 @@ class FileSource:
         return self._measured(
             call, graph, made.float32, like=made.float32, half=made.packed.half, half_choices=made.choices
         )
+
+    def _refusal(self, call: Call, graph: Graph) -> str | None:
+        """Return why a call of new sizes cannot be planned, to be added to a message; None if it can."""
+        planned = self.entries[0].call
+        if call.key is None or not _same_kind(call, planned):
+            return ""
+        held = operations_of_one_size(graph)
+        if held:
+            return f"; its operations {', '.join(held)} hold sizes"
+        if self.axes is not None:
+            fixed = {
+                axis
+                for changed, free in zip(changed_axes(call, planned), self.axes, strict=True)
+                for axis in set(changed) - set(free)
+            }
+            return f"; it does not take other sizes of axis {', '.join(map(str, sorted(fixed)))}" if fixed else None
+        numbers = numbers_of_unknown_origin(graph)
+        return f"; its operations {', '.join(numbers)} have numbers that may be sizes" if numbers else None
+
+    def free_axes(self, entry: Entry) -> Axes | None:
+        """Return the axes whose sizes may change, as the file tells."""
+        return self.axes
 
     def reference(self, call: Call) -> Any:
         """Return what the network's dense operations make of a call; its weights are unpacked for that."""
@@ -257,6 +260,7 @@ def resized(graph: Graph, call: Call) -> Graph:
         ]
         try:
             found = values_of(bare, leaves)
+            _check_sums(bare, found)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UsageError(f"the network does not take {call.describe()}: {error}") from error
     values = {
@@ -264,6 +268,25 @@ def resized(graph: Graph, call: Call) -> Graph:
         for number, value in found.items()
     }
     return replace(graph, values={**graph.values, **values})
+
+
+def _check_sums(graph: Graph, values: Mapping[int, Any]) -> None:
+    """Refuse sizes with which values are added that were of one shape and no longer are; kernels do not broadcast.
+
+    Raises:
+        ValueError: If there are such values.
+    """
+    for node in graph.nodes:
+        operation = node.operation
+        if isinstance(operation, Layer) and operation.residual:
+            summands = [apply(replace(operation, residual=False), [values[node.inputs[0]]]), values[node.inputs[1]]]
+        elif isinstance(operation, Add):
+            summands = [values[value] for value in node.inputs]
+        else:
+            continue
+        first, second = (tuple(value.shape) for value in summands)
+        if first != second:
+            raise ValueError(f"{node.name} adds values of one shape, which are {first} and {second} now")
 
 
 def _without_numbers(node: Node) -> Node:

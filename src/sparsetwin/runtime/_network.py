@@ -38,6 +38,9 @@ class Network(Protocol):
     def model(self) -> nn.Module:
         """Return the model, all of its weights dense."""
 
+    def traced(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+        """Return the graph of a call as it was traced."""
+
     def graph(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
         """Return the fused graph of a call."""
 
@@ -55,13 +58,17 @@ class InMemory:
         """Return the model itself."""
         return self._model
 
-    def graph(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
-        """Return the fused graph of a call; its weights are the model's.
+    def traced(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+        """Return the graph of a call; its weights are the model's.
 
         Raises:
             UsageError: If the model cannot be traced.
         """
-        return fuse(trace(self._model, arguments, named))
+        return trace(self._model, arguments, named)
+
+    def graph(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+        """Return the fused graph of a call, as `traced` does."""
+        return fuse(self.traced(arguments, named))
 
 
 class InFile:
@@ -97,7 +104,11 @@ class InFile:
         return self._file.load_into(model, dtype=torch.float32).requires_grad_(False)
 
     def graph(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
-        """Return the fused graph of a call; weights that are stored sparse are kept so.
+        """Return the fused graph of a call, as `traced` does."""
+        return fuse(self.traced(arguments, named))
+
+    def traced(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Graph:
+        """Return the graph of a call; weights that are stored sparse are kept so.
 
         Raises:
             UsageError: If the model cannot be traced.
@@ -111,7 +122,7 @@ class InFile:
             return kept.stand_in(_kept(self._file, name))
 
         self._file.load_into(model, dtype=torch.float32, views=True, sparse=sparse)
-        return fuse(trace(model.requires_grad_(False), arguments, named, kept=kept))
+        return trace(model.requires_grad_(False), arguments, named, kept=kept)
 
 
 def opened(path: Path, member: str) -> SparseFile:

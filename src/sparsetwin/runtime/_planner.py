@@ -25,6 +25,7 @@ from sparsetwin.runtime._plain import run_plain
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._reduced import DensePlanes, dense_planes, notes_of
 from sparsetwin.runtime._rivals import Runner, eager_runner
+from sparsetwin.runtime._sizes import Axes, free_axes
 from sparsetwin.runtime._swapped import swapped_linears
 
 
@@ -70,6 +71,10 @@ class Planner:
         if call.key is not None and not self.network.in_memory:
             return None
         return eager_runner(self.swapped())
+
+    def free_axes(self, entry: Entry) -> Axes | None:
+        """Return for each leaf of a call the axes whose sizes no operation depends on; None if that is not known."""
+        return free_axes(entry.call, self.network.traced)
 
     def entry(self, call: Call, like: Entry | None = None) -> Entry:
         """Return the fastest way to run calls like this one.
