@@ -193,7 +193,7 @@ def first_matrix(content):
         (lambda content: content.update(version=99), "version 99"),
         (lambda content: content.pop("shapes"), "shapes"),
         (lambda content: content.update(shapes=[]), "holds no plan"),
-        (lambda content: first_torch(content).update(function="aten.from_file.default"), "takes no tensor"),
+        (lambda content: first_torch(content).update(function="aten.from_file.default"), "may name"),
         (lambda content: first_torch(content).update(function="os.system"), "not one of PyTorch's"),
         (lambda content: first_torch(content).update(function="aten.relu_.default"), "not one of PyTorch's"),
         (lambda content: first_torch(content).update(kind="Code"), "does not know"),

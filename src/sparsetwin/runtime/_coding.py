@@ -1,8 +1,10 @@
 """Graphs as JSON and named tensors, and back. Operations are named, never code; every name is checked when read."""
 
 import hashlib
+import json
 import operator
 import re
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -28,6 +30,7 @@ from sparsetwin.runtime._graph import (
     Torch,
     Value,
 )
+from sparsetwin.runtime._operations import is_allowed
 
 Json = Any
 _PADDING = 16  # elements behind an array that kernels may read
@@ -88,24 +91,66 @@ def encoded_spec(spec: pytree.TreeSpec) -> str:
         UsageError: If it has a container that PyTorch cannot name.
     """
     try:
-        return pytree.treespec_dumps(spec)
-    except (NotImplementedError, TypeError) as error:
+        text = pytree.treespec_dumps(spec)
+        _check_structure(json.loads(text)[1])
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise UsageError(f"the structure of the arguments or the result cannot be saved: {error}") from error
+    return text
 
 
 def decoded_spec(text: Any) -> pytree.TreeSpec:
     """Return what `encoded_spec` wrote.
 
     Raises:
-        CheckpointError: If it is damaged, or a container's class is not known to PyTorch.
+        CheckpointError: If it is damaged, or a container's class is not known to PyTorch, or would be looked for in a
+            module that the text names.
     """
     try:
-        return pytree.treespec_loads(text)
+        protocol, structure = json.loads(text)
+        _check_structure(structure)
+        return pytree.treespec_loads(json.dumps([protocol, structure]))
     except Exception as error:
         raise CheckpointError(
             f"the structure of arguments or results cannot be read: {error}. "
             "If it names a class, import the module that defines it first"
         ) from error
+
+
+def _check_structure(found: Json) -> None:
+    """Refuse a structure for which PyTorch would import a module that its text names.
+
+    Allowed are containers that PyTorch knows here, with plain keys: those of its own, and classes of modules that the
+    program has imported.
+
+    Raises:
+        ValueError: If there is another one.
+    """
+    kind, context, parts = found["type"], found["context"], found["children_spec"]
+    if not isinstance(parts, list):
+        raise ValueError("a container's parts are no list")
+    if kind is None:
+        if context is not None or parts:
+            raise ValueError("a container without a class")
+        return
+    known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    if kind not in known or kind == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
+        raise ValueError(f"the class {kind} is not known")
+    if known[kind] is namedtuple:
+        if not pytree.is_namedtuple_class(known.get(context, object)):
+            raise ValueError(f"the named tuple {context} is not known")
+    elif pytree.SUPPORTED_SERIALIZED_TYPES[known[kind]].from_dumpable_context is not None:
+        raise ValueError(f"a {kind} cannot be in a file")
+    elif not _is_plain(json.loads(context)):
+        raise ValueError(f"a {kind} with other keys than plain ones cannot be in a file")
+    for part in parts:
+        _check_structure(part)
+
+
+def _is_plain(keys: Json) -> bool:
+    """Tell whether a container's keys are numbers, texts, or none at all."""
+    return all(
+        key is None or isinstance(key, (bool, int, float, str)) for key in (keys if isinstance(keys, list) else [keys])
+    )
 
 
 def decoded_graph(found: Json, tensors: Mapping[str, Tensor]) -> Graph:
@@ -215,15 +260,13 @@ def _decoded_operation(found: Json, tensors: Mapping[str, Tensor]) -> Operation:
 
 
 def _function_name(function: Any) -> str:
-    if function is operator.getitem:
-        return "getitem"
-    if isinstance(function, torch._ops.OpOverload) and _ATEN.fullmatch(str(function)):
-        return str(function)
-    raise UsageError(f"a network with the operation {function} cannot be saved; save the model itself")
+    if not is_allowed(function):
+        raise UsageError(f"a network with the operation {function} cannot be saved; save the model itself")
+    return "getitem" if function is operator.getitem else str(function)
 
 
 def _function(name: Any) -> Callable[..., Any]:
-    """Return the operation of a name: of PyTorch's own, on tensors, and without effects."""
+    """Return the operation of a name: of PyTorch's own, and one that a file may name."""
     if name == "getitem":
         return operator.getitem
     match = _ATEN.fullmatch(str(name))
@@ -231,8 +274,8 @@ def _function(name: Any) -> Callable[..., Any]:
     found = getattr(packet, match[2], None) if match and packet is not None else None
     if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
         raise CheckpointError(f"the file names an operation {name!r} that is not one of PyTorch's")
-    if not any("Tensor" in str(argument.type) for argument in found._schema.arguments):
-        raise CheckpointError(f"the file names an operation {name!r} that takes no tensor")
+    if not is_allowed(found):
+        raise CheckpointError(f"the file names an operation {name!r} that is not one of those a file may name")
     return found
 
 

@@ -26,6 +26,7 @@ from sparsetwin.runtime._graph import (
     references,
     with_weight,
 )
+from sparsetwin.runtime._operations import checked
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -87,7 +88,7 @@ def apply(operation: Operation, inputs: Sequence[Any]) -> Any:
 
 def apply_torch(operation: Torch, values: Mapping[int, Any]) -> Any:
     """Return the result of an operation that PyTorch runs."""
-    return operation.function(*filled(operation.arguments, values), **filled(operation.named, values))
+    return checked(operation.function)(*filled(operation.arguments, values), **filled(operation.named, values))
 
 
 def torch_function(operation: Torch) -> Callable[[Mapping[int, Any]], Any]:
@@ -99,7 +100,7 @@ def torch_function(operation: Torch) -> Callable[[Mapping[int, Any]], Any]:
     ]
     if nested:
         return partial(apply_torch, operation)
-    function = _METHODS.get(str(operation.function), operation.function)
+    function = _METHODS.get(str(operation.function)) or checked(operation.function)
     places = [(place, part.value) for place, part in enumerate(operation.arguments) if isinstance(part, Ref)]
     names = [(name, part.value) for name, part in operation.named.items() if isinstance(part, Ref)]
     arguments, named = tuple(operation.arguments), dict(operation.named)
