@@ -22,7 +22,7 @@ from sparsetwin.runtime._rivals import (
     eager_runner,
     openvino_runner,
 )
-from sparsetwin.runtime._timing import race
+from sparsetwin.runtime._timing import race, reason_of
 
 _ROUNDS, _QUICK_ROUNDS = 5, 3
 
@@ -84,7 +84,7 @@ class Contest:
         else:
             self.skipped["eager"] = "the network stays in its file; name rivals to hold it dense for a while"
         rounds = _QUICK_ROUNDS if self.quick else _ROUNDS
-        found = self._race(tuple(self.runners), rounds)
+        found = self._race(tuple(self.runners), rounds, last_resort="eager")
         if not self.quick:
             self._add_slow(found)
             if self.terms.calibration:
@@ -98,9 +98,12 @@ class Contest:
             self._model = self.terms.network.model()
         return self._model
 
-    def _race(self, names: tuple[str, ...], rounds: int) -> dict[str, float]:
+    def _race(self, names: tuple[str, ...], rounds: int, *, last_resort: str) -> dict[str, float]:
+        """Return the seconds of those that run; others are left out with what they raised, but for the last resort."""
         contestants = {name: partial(self.runners[name], self.call) for name in names}
-        return race(contestants, rounds=rounds, threads=self.terms.threads)
+        return race(
+            contestants, rounds=rounds, threads=self.terms.threads, skipped=self.skipped, last_resort=last_resort
+        )
 
     def _add_eager(self) -> None:
         model = self.model
@@ -140,8 +143,8 @@ class Contest:
                     continue
                 try:
                     self.runners[name] = makers[rival]()
-                except NotHereError as reason:
-                    self.skipped[name] = str(reason)
+                except Exception as error:  # whatever another engine raises
+                    self.skipped[name] = _why_not(error)
                     continue
                 self._time_late(name, seconds)
 
@@ -150,8 +153,8 @@ class Contest:
         calibration = self.terms.calibration
         try:
             run, found = int8_runner(self.model, self.call, calibration=calibration, threads=self.terms.threads)
-        except NotHereError as reason:
-            self.skipped[NAME] = str(reason)
+        except Exception as error:  # whatever another engine raises
+            self.skipped[NAME] = _why_not(error)
             return
         self.notes.append(f"{NAME}: {found}")
         if found.is_enough:
@@ -163,5 +166,11 @@ class Contest:
     def _time_late(self, name: str, seconds: dict[str, float]) -> None:
         """Time one more runner against the fastest so far."""
         fastest = min(seconds, key=seconds.__getitem__)
-        found = self._race((fastest, name), _ROUNDS)
+        found = self._race((fastest, name), _ROUNDS, last_resort=fastest)
+        if name not in found:
+            return
         seconds[name] = found[name] * seconds[fastest] / found[fastest]  # as the others were timed
+
+
+def _why_not(error: Exception) -> str:
+    return str(error) if isinstance(error, NotHereError) else reason_of(error)

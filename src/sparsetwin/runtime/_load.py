@@ -217,7 +217,8 @@ class FileSource:
             dense = {node.output: Choice(engine="dense") for node in graph.nodes}
             programs = {"dense graph": make(graph, dense, packed=Packed(), threads=self.threads)}
         runners = {name: partial(made.run, filled) for name, made in programs.items()}
-        seconds = race(runners, rounds=_ROUNDS, threads=self.threads)
+        skipped = dict(halves.skipped)
+        seconds = race(runners, rounds=_ROUNDS, threads=self.threads, skipped=skipped)
         fastest = min(seconds, key=seconds.__getitem__)
         plan = Plan(
             machine=machine(),
@@ -225,11 +226,11 @@ class FileSource:
             inputs=call.describe(),
             engine=fastest,
             candidates=seconds,
-            skipped=halves.skipped,
+            skipped=skipped,
             notes=(*(() if bfloat16 is None else bfloat16.notes), *halves.notes),
         )
         entry = Entry(call=call.without_numbers(), run=programs[fastest].run, plan=plan)
-        return with_program(entry, graph, programs, seconds)
+        return with_program(entry, graph, {name: programs[name] for name in seconds}, seconds)
 
 
 def _random_leaves(call: Call) -> list[Any]:

@@ -36,9 +36,17 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-_METHODS: dict[str, Callable[..., Any]] = {  # the same, called faster than by name
-    "aten.view.default": Tensor.reshape,  # channels may lie last here where the model's do not
+def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an operation on strides, which was traced for tensors whose channels do not lie last as engines' may."""
+    return lambda x, *arguments, **named: function(x.contiguous(), *arguments, **named)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {  # called faster than by name, or for tensors of other strides than traced
+    "aten.view.default": Tensor.reshape,
     "aten._unsafe_view.default": Tensor.reshape,
+    "aten.view.dtype": _on_contiguous(Tensor.view),
+    "aten.view_as_complex.default": _on_contiguous(torch.view_as_complex),
+    "aten.as_strided.default": _on_contiguous(torch.as_strided),
     "aten.reshape.default": Tensor.reshape,
     "aten.transpose.int": Tensor.transpose,
     "aten.permute.default": Tensor.permute,
@@ -88,7 +96,12 @@ def apply(operation: Operation, inputs: Sequence[Any]) -> Any:
 
 def apply_torch(operation: Torch, values: Mapping[int, Any]) -> Any:
     """Return the result of an operation that PyTorch runs."""
-    return checked(operation.function)(*filled(operation.arguments, values), **filled(operation.named, values))
+    function = _function(operation)
+    return function(*filled(operation.arguments, values), **filled(operation.named, values))
+
+
+def _function(operation: Torch) -> Callable[..., Any]:
+    return _METHODS.get(str(operation.function)) or checked(operation.function)
 
 
 def torch_function(operation: Torch) -> Callable[[Mapping[int, Any]], Any]:
@@ -100,7 +113,7 @@ def torch_function(operation: Torch) -> Callable[[Mapping[int, Any]], Any]:
     ]
     if nested:
         return partial(apply_torch, operation)
-    function = _METHODS.get(str(operation.function)) or checked(operation.function)
+    function = _function(operation)
     places = [(place, part.value) for place, part in enumerate(operation.arguments) if isinstance(part, Ref)]
     names = [(name, part.value) for name, part in operation.named.items() if isinstance(part, Ref)]
     arguments, named = tuple(operation.arguments), dict(operation.named)

@@ -114,7 +114,8 @@ class Planner:
             notes=(*notes, *contest.notes),
         )
         entry = Entry(call=call.without_numbers(), run=contest.runners[fastest], plan=plan)
-        return entry if graph is None or not programs else with_program(entry, graph, programs, seconds)
+        timed = {name: found for name, found in programs.items() if name in seconds}
+        return entry if graph is None or not timed else with_program(entry, graph, timed, seconds)
 
     def _halves(
         self, graph: Graph, call: Call, float32: Made, like: Entry | None, bfloat16: DensePlanes | None

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 
@@ -33,8 +33,23 @@ def shortest(run: Callable[[], object], *, threads: int, runs: int = _RUNS) -> f
     return best
 
 
-def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int, threads: int) -> dict[str, float]:
+def race(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    threads: int,
+    skipped: MutableMapping[str, str] | None = None,
+    last_resort: str | None = None,
+) -> dict[str, float]:
     """Return each contestant's median seconds; they take turns, in reversed order every other round.
+
+    Args:
+        contestants: By name.
+        rounds: That count; one more goes before them.
+        threads: Of the kernels.
+        skipped: Takes the reason of each contestant that raises an exception, which is then left out. None: it is
+            raised.
+        last_resort: The contestant whose exceptions are raised nevertheless; the last one left is another.
 
     >>> list(race({"a": lambda: None, "b": lambda: None}, rounds=3, threads=1))
     ['a', 'b']
@@ -43,10 +58,28 @@ def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int, thread
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(-1, rounds):
-        for name in names:
+        for name in tuple(names):
             started = clock()
-            contestants[name]()
+            try:
+                contestants[name]()
+            except Exception as error:  # whatever a model or an engine raises
+                if skipped is None or name == last_resort or len(names) == 1:
+                    raise
+                skipped[name] = reason_of(error)
+                names.remove(name)
+                del seconds[name]
+                continue
             if number >= 0:
                 seconds[name].append(clock() - started)
         names.reverse()
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def reason_of(error: Exception) -> str:
+    """Return an exception in one line.
+
+    >>> reason_of(ValueError("too long"))
+    'ValueError: too long'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
