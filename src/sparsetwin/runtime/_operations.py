@@ -87,6 +87,18 @@ def is_allowed(function: Any) -> bool:
     return name in ALLOWED and any("Tensor" in str(argument.type) for argument in function._schema.arguments)
 
 
+def functional(function: Any) -> Any:
+    """Return the operation that computes the same and changes no argument; those that change none are it themselves.
+
+    >>> functional(torch.ops.aten.add_.Tensor)
+    <OpOverload(op='aten.add', overload='Tensor')>
+    """
+    if not isinstance(function, torch._ops.OpOverload) or not function._schema.is_mutable:
+        return function
+    packet = getattr(torch.ops.aten, function._schema.name.removeprefix("aten::").removesuffix("_"))
+    return getattr(packet, function._overloadname)
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return an operation that refuses the arguments for which PyTorch's own would read beyond its inputs.
 

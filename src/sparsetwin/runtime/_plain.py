@@ -36,17 +36,9 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an operation on strides, which was traced for tensors whose channels do not lie last as engines' may."""
-    return lambda x, *arguments, **named: function(x.contiguous(), *arguments, **named)
-
-
-_METHODS: dict[str, Callable[..., Any]] = {  # called faster than by name, or for tensors of other strides than traced
-    "aten.view.default": Tensor.reshape,
+_METHODS: dict[str, Callable[..., Any]] = {  # the same, called faster than by name
+    "aten.view.default": Tensor.reshape,  # channels may lie last here where the model's do not
     "aten._unsafe_view.default": Tensor.reshape,
-    "aten.view.dtype": _on_contiguous(Tensor.view),
-    "aten.view_as_complex.default": _on_contiguous(torch.view_as_complex),
-    "aten.as_strided.default": _on_contiguous(torch.as_strided),
     "aten.reshape.default": Tensor.reshape,
     "aten.transpose.int": Tensor.transpose,
     "aten.permute.default": Tensor.permute,

@@ -26,8 +26,13 @@ from sparsetwin.runtime._graph import (
 )
 from sparsetwin.runtime._kept_weights import KeptWeights
 from sparsetwin.runtime._native import NATIVE, gives_back_argument, hides_view, schema_arguments
+from sparsetwin.runtime._operations import functional
 
-_BY_STRIDES = ("aten.as_strided.default", "aten.view_as_complex.default")  # what they return depends on how memory lies
+_BY_STRIDES = (  # what they return depends on how memory lies
+    "aten.as_strided.default",
+    "aten.view.dtype",
+    "aten.view_as_complex.default",
+)
 _FOLDED = 1 << 22  # elements of a constant that is computed once instead of in each call
 _PURE_IN_PLACE = ("aten.relu_.default", "aten.silu_.default", "aten.add_.Tensor")
 
@@ -85,7 +90,13 @@ def _is_functional(program: ExportedProgram) -> bool:
             return False
         if changed.op != "call_function" or changed not in made or len(changed.users) != 1 or _may_alias(changed):
             return False
+        if any(_dtype(part) != _dtype(changed) for part in node.args[1:] if isinstance(part, FxNode)):
+            return False  # the result in place has another dtype than a new one
     return True
+
+
+def _dtype(node: FxNode) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _may_alias(node: FxNode) -> bool:
@@ -215,7 +226,9 @@ class _Reader:
         if isinstance(operation, Layer):
             operation = self.kept.layer(operation)
         elif operation is None:
-            operation = Torch(function=target, arguments=self.kept.real(arguments), named=self.kept.real(named))
+            operation = Torch(
+                function=functional(target), arguments=self.kept.real(arguments), named=self.kept.real(named)
+            )
             read = tuple(dict.fromkeys(references((arguments, named))))
         if several and native:  # it makes the first of several results, the only one that is used
             self._read_first(node, operation, read)
