@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.util
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ def bfloat16_call(model: Callable[..., Any]) -> Runner:
 
 
 def openvino_runner(model: nn.Module, call: Call, *, threads: int, reduced: bool = False) -> Runner:
-    """Return the model in OpenVINO.
+    """Return the model in OpenVINO; calls may run at once.
 
     Raises:
         NotHereError: If it is not installed, or does not take the model.
@@ -107,7 +108,7 @@ def openvino_runner(model: nn.Module, call: Call, *, threads: int, reduced: bool
         precision = "bf16" if reduced else "f32"
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         compiled = openvino.Core().compile_model(converted, "CPU", settings)
-        request = compiled.create_infer_request()
+        free = deque([compiled.create_infer_request()])  # append and pop are atomic
         with torch.no_grad():
             single = isinstance(model(*call.arguments), Tensor)
     except Exception as error:
@@ -117,8 +118,15 @@ def openvino_runner(model: nn.Module, call: Call, *, threads: int, reduced: bool
         raise NotHereError("takes models with one tensor as result only")
 
     def run(call: Call) -> Any:
-        found = request.infer([leaf.numpy() for leaf in call.tensors])
-        return torch.from_numpy(found[compiled.output(0)].copy())
+        try:
+            request = free.pop()
+        except IndexError:  # all are in use: a request runs one call at a time
+            request = compiled.create_infer_request()
+        try:
+            found = request.infer([leaf.numpy() for leaf in call.tensors])
+            return torch.from_numpy(found[compiled.output(0)].copy())
+        finally:
+            free.append(request)
 
     return run
 
