@@ -3,11 +3,12 @@
 import json
 import multiprocessing
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llvmlite", reason="kernels are generated with llvmlite")
@@ -284,3 +285,38 @@ def test_a_model_that_was_not_traced_cannot_be_saved(tmp_path):
     with pytest.raises(UsageError, match="save the model itself"):
         deployed.save(tmp_path / "none.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_made_and_what_cannot_be_written_is_an_error_of_ours(deployed, tmp_path):
+    path = tmp_path / "new" / "folder" / "slim.safetensors"
+    deployed.save(path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        deployed.save(path / "below a file")
+    (tmp_path / "a folder").mkdir()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        deployed.save(tmp_path / "a folder")
+    assert path.read_bytes() == before
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["a folder", "folder", "new", "slim.safetensors"]
+
+
+def test_a_full_disk_is_said_to_be_one(deployed, tmp_path, monkeypatch):
+    path = tmp_path / "slim.safetensors"
+    path.write_bytes(b"old")
+
+    def full(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsetwin.runtime._file.save_file", full)
+    with pytest.raises(CheckpointError, match=r"disk full .*the previous file is kept"):
+        deployed.save(path)
+    assert [found.read_bytes() for found in tmp_path.iterdir()] == [b"old"]
+
+
+def test_many_threads_may_save_to_one_file(deployed, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(lambda _: deployed.save(path), range(4)))
+    assert len(load(path).plans) == 2
+    assert list(tmp_path.iterdir()) == [path]

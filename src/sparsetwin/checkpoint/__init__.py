@@ -1,5 +1,6 @@
 """Networks and runs on disk: sparse and dense files, the pair, run checkpoints and logs. Nothing is half-written."""
 
+from sparsetwin.checkpoint._atomic import replace_by_name
 from sparsetwin.checkpoint._pair_file import Member
 from sparsetwin.checkpoint._plain import JSON
 from sparsetwin.checkpoint._values import VALUES, Values
@@ -47,6 +48,7 @@ __all__ = [
     "load_sparse",
     "load_sparse_bitmask",
     "read_card",
+    "replace_by_name",
     "save_dense",
     "save_sparse",
     "save_sparse_bitmask",

@@ -113,6 +113,30 @@ def replace_file(path: Path, write: Callable[[HashedWriter], object]) -> str:
     return written.sha256
 
 
+def replace_by_name(path: Path, write: Callable[[Path], object]) -> None:
+    """Do what `replace_file` does by something that wants a name to write to, and no open file.
+
+    Args:
+        path: The name that the file is to get; its folder is made if needed.
+        write: Called with another name in that folder, which no other writer has; makes a file of it.
+
+    Raises:
+        CheckpointError: As `write_temporary` and `put_in_place` do, for any `OSError`.
+    """
+    written = Written(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), path, "")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(written.temporary)
+        with written.temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException as error:
+        written.discard()
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+    put_in_place(written)
+
+
 def rename(old: Path, new: Path, *, on_failure: Callable[[], None] = lambda: None) -> None:
     """Rename a file within its folder, so that a power cut does not undo it.
 

@@ -128,10 +128,11 @@ class Deployed(nn.Module):
         The model is traced for other sizes to find out which of them the file can be used for.
 
         Args:
-            path: A safetensors file; an old one is replaced when the new one is complete.
+            path: A safetensors file; an old one is replaced when the new one is complete, a missing folder is made.
 
         Raises:
             UsageError: If the model could not be traced, or holds what a file cannot name.
+            CheckpointError: If the file cannot be written; an old one is as it was.
         """
         source, first = self._source.value, self._first
         with _LOCK, plain_mode():

@@ -7,7 +7,7 @@ file holds the plans so far, and kept weights only where sparse kernels run.
 import hashlib
 import inspect
 import json
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparsetwin.checkpoint import replace_by_name
 from sparsetwin.errors import CheckpointError, UsageError
 from sparsetwin.kernels import Tiling
 from sparsetwin.runtime._calls import Call, call_key
@@ -90,6 +91,7 @@ def save_entries(
 
     Raises:
         UsageError: If there is no program, or something that a file cannot name.
+        CheckpointError: If the file cannot be written; an old one is as it was.
     """
     store = Store()
     shapes = [_encoded_entry(entry, store) for entry in entries if entry.program is not None]
@@ -108,19 +110,22 @@ def save_entries(
 
 def _write_aligned(path: Path, tensors: dict[str, Tensor], text: str) -> None:
     """Write a file in which every tensor begins at a cache line, as in memory: some sums depend on that."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     outer = {"sha256": _digest(text), "content": text, "padding": ""}
-    try:
+
+    def write(temporary: Path) -> None:
         for _ in range(2):
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(outer)})
+            try:
+                save_file(tensors, temporary, metadata={_KEY: json.dumps(outer)})
+            except SafetensorError as error:  # in place of an OSError, whose number stands in its text
+                number = re.search(r"os error (\d+)", str(error))
+                raise (OSError(str(error)) if number is None else OSError(int(number[1]), str(error))) from error
             with temporary.open("rb") as file:
                 header = 8 + int.from_bytes(file.read(8), "little")
             if header % _LINE == 0:
                 break
             outer["padding"] = " " * (-header % _LINE)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    replace_by_name(path, write)
 
 
 def _in_lines(tensor: Tensor) -> Tensor:
