@@ -88,8 +88,9 @@ def test_another_number_of_threads_is_measured_again(model, path):
     loaded = load(path, threads=2)
     assert loaded.plan.threads == 2
     assert relative_error(loaded(x), model(x).detach()) <= FP32
-    with pytest.raises(ConfigError, match="threads=0"):
-        load(path, threads=0)
+    for threads in (0, "2", 1.5):
+        with pytest.raises(ConfigError, match="threads="):
+            load(path, threads=threads)
 
 
 def test_a_plan_from_another_processor_is_measured_again(model, path):

@@ -145,6 +145,9 @@ def test_what_cannot_be_done_is_refused_by_name(deployed, model):
         ({"dtype": "float16"}, ConfigError, "allow_reduced_precision=True"),
         ({"dtype": "float32", "allow_reduced_precision": True}, ConfigError, "contradict"),
         ({"threads": 0}, ConfigError, "threads=0"),
+        ({"threads": "2"}, ConfigError, "threads='2'; expected a whole number"),
+        ({"threads": 1.5}, ConfigError, r"threads=1\.5; expected a whole number"),
+        ({"threads": True}, ConfigError, "threads=True; expected a whole number"),
         ({"rivals": ("compiled",)}, ConfigError, "did you mean 'compile'"),
     ],
 )
@@ -165,6 +168,17 @@ def test_models_that_cannot_be_deployed_are_refused(deployed):
         deploy(slim(), 3)
     with pytest.raises(ConfigError, match="holds no tensor"):
         deploy(slim(), (3,))
+    with pytest.raises(ConfigError, match=r"torch\.from_numpy"):
+        deploy(slim(), x.numpy())
+
+
+def test_arrays_are_refused_with_what_to_pass(deployed):
+    array = images(2, 3, 33, 40).numpy()
+    for call in (deployed, deployed.prepare):
+        with pytest.raises(UsageError, match=r"torch\.from_numpy"):
+            call(array)
+        with pytest.raises(UsageError, match=r"torch\.from_numpy"):
+            call(images=array)
 
 
 def test_a_deep_copy_gives_the_same_bits(deployed):

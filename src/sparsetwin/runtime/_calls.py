@@ -55,7 +55,7 @@ class Caller:
         """Return a call.
 
         Raises:
-            UsageError: If a tensor requires a gradient or is not on the CPU.
+            UsageError: If a tensor requires a gradient or is not on the CPU, or arrays of NumPy stand for tensors.
             TypeError: As the model itself: an argument is missing or unknown.
         """
         if named or len(arguments) != 1:
@@ -66,6 +66,8 @@ class Caller:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 _check(leaf)
+        if any(map(_is_array, leaves)) and not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise UsageError("the inputs are numpy arrays and no tensors; pass torch.from_numpy(array)")
         return Call(arguments, named, leaves, call_key(leaves, spec))
 
 
@@ -106,11 +108,15 @@ def example_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     else:
         raise ConfigError(
             f"the example is a {type(example).__name__}; expected a tensor, a tuple of arguments, "
-            "or a mapping of named arguments"
+            f"or a mapping of named arguments{'; pass torch.from_numpy(array)' if _is_array(example) else ''}"
         )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((arguments, named))):
         raise ConfigError("the example holds no tensor; expected the arguments of a call of the model")
     return arguments, named
+
+
+def _is_array(leaf: Any) -> bool:
+    return (type(leaf).__module__, type(leaf).__name__) == ("numpy", "ndarray")
 
 
 def _check(leaf: Tensor) -> None:

@@ -13,6 +13,7 @@ from sparsetwin.runtime._calls import Call, Caller, example_arguments, plain_mod
 from sparsetwin.runtime._choices import Prefer
 from sparsetwin.runtime._deployed import Deployed
 from sparsetwin.runtime._half import half_target_if
+from sparsetwin.runtime._machine import checked_threads
 from sparsetwin.runtime._network import InFile, InMemory, Network, opened
 from sparsetwin.runtime._planner import Planner
 from sparsetwin.runtime._rivals import RIVALS, checked_rivals
@@ -109,9 +110,7 @@ def deploy(
         raise ConfigError("dtype='float32' and allow_reduced_precision=True contradict each other; use dtype='auto'")
     if prefer not in get_args(Prefer):
         raise ConfigError(f"prefer={prefer!r}; expected 'time' or 'memory'")
-    number = torch.get_num_threads() if threads is None else threads
-    if number < 1:
-        raise ConfigError(f"threads={threads}; expected at least 1")
+    number = checked_threads(threads, default=torch.get_num_threads())
     in_file = isinstance(source, (str, Path))
     if len(given) != 1 + in_file:
         raise UsageError("deploy takes (model, example) or (file, model_fn, example)")

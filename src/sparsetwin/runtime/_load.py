@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from sparsetwin.errors import CheckpointError, ConfigError, UsageError
+from sparsetwin.errors import CheckpointError, UsageError
 from sparsetwin.kernels import Target
 from sparsetwin.runtime._calls import Call, plain_mode
 from sparsetwin.runtime._choices import Choice, Choices, make_program
@@ -32,7 +32,7 @@ from sparsetwin.runtime._file import Saved, SavedHalf, read_file
 from sparsetwin.runtime._graph import Add, Graph, Layer, Node, Value
 from sparsetwin.runtime._half import Half, half_target_if
 from sparsetwin.runtime._half_programs import HalfPrograms, half_programs
-from sparsetwin.runtime._machine import kernels_run, machine
+from sparsetwin.runtime._machine import checked_threads, kernels_run, machine
 from sparsetwin.runtime._plain import apply, run_plain, values_of
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._products import Packed
@@ -58,10 +58,9 @@ def load(path: str | Path, *, threads: int | None = None) -> Deployed:
 
     Raises:
         CheckpointError: If the file is missing, damaged, foreign or of another version.
-        ConfigError: If ``threads`` is less than one.
+        ConfigError: If ``threads`` is no whole number, or less than one.
     """
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads={threads}; expected at least 1")
+    threads = None if threads is None else checked_threads(threads, default=1)
     return loaded(Path(path), threads=threads, half=half_target_if(allowed=True))
 
 

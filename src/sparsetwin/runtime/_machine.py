@@ -1,10 +1,11 @@
 """What this machine is, as far as plans depend on it."""
 
+import operator
 import platform
 import warnings
 from pathlib import Path
 
-from sparsetwin.errors import SparsetwinError, SparsityWarning, UsageError
+from sparsetwin.errors import ConfigError, SparsetwinError, SparsityWarning, UsageError
 from sparsetwin.kernels import host_target, is_available
 
 _warned: set[str] = set()
@@ -20,6 +21,21 @@ def kernels_run() -> bool:
         _warn_once(f"deploy runs everything in PyTorch: {error}")
         return False
     return True
+
+
+def checked_threads(threads: int | None, *, default: int) -> int:
+    """Return a number of threads after a check; ``default`` for None.
+
+    Raises:
+        ConfigError: If it is no whole number, or less than one.
+    """
+    if threads is None:
+        return default
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        raise ConfigError(f"threads={threads!r}; expected a whole number, at least 1")
+    if operator.index(threads) < 1:
+        raise ConfigError(f"threads={threads}; expected at least 1")
+    return operator.index(threads)
 
 
 def _warn_once(message: str) -> None:
