@@ -136,7 +136,7 @@ class Deployed(nn.Module):
         """
         source, first = self._source.value, self._first
         with _LOCK, plain_mode():
-            axes = None if first.program is None else source.free_axes(first)
+            axes = source.free_axes(first)
         save_entries(Path(path), self.plans_by_shape, name=source.name, signature=self._caller.signature, axes=axes)
 
     @property

@@ -25,7 +25,7 @@ from sparsetwin.runtime._plain import run_plain
 from sparsetwin.runtime._plan import Plan
 from sparsetwin.runtime._reduced import DensePlanes, dense_planes, notes_of
 from sparsetwin.runtime._rivals import Runner, eager_runner
-from sparsetwin.runtime._sizes import Axes, free_axes
+from sparsetwin.runtime._sizes import Axes, free_axes, operations_of_one_size
 from sparsetwin.runtime._swapped import swapped_linears
 
 
@@ -74,6 +74,8 @@ class Planner:
 
     def free_axes(self, entry: Entry) -> Axes | None:
         """Return for each leaf of a call the axes whose sizes no operation depends on; None if that is not known."""
+        if entry.program is None or operations_of_one_size(entry.program.graph):
+            return None  # nobody will ask for them
         return free_axes(entry.call, self.network.traced)
 
     def entry(self, call: Call, like: Entry | None = None) -> Entry:

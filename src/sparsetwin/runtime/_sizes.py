@@ -92,8 +92,6 @@ def free_axes(call: Call, trace: Tracer) -> Axes | None:
         cannot be known, since the model takes no other sizes that were tried.
     """
     graph = trace(*_zeros(call, [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in call.leaves]))
-    if operations_of_one_size(graph):
-        return _no_axes(call)
     known = False
     for axes in (_movable(call.leaves), _first(call.leaves)):
         for larger in (_odd, _eight, _twice):
