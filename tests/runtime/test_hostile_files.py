@@ -168,6 +168,7 @@ class Recurrent(nn.Module):
         return F.interpolate(y, scale_factor=2.0)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_networks_that_need_the_checked_operations_are_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     model, x = Recurrent().eval(), images(5, 2, 8)

@@ -155,7 +155,7 @@ def _is_same(graph: Graph, call: Call, axes: Axes, larger: Callable[[int, int], 
 def _zeros(call: Call, shapes: Sequence[tuple[int, ...] | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     leaves, spec = pytree.tree_flatten((call.arguments, dict(call.named)))
     found = [
-        torch.zeros(shape, dtype=leaf.dtype) if shape is not None else leaf
+        torch.zeros(shape, dtype=leaf.dtype, device="cpu") if shape is not None else leaf
         for leaf, shape in zip(leaves, shapes, strict=True)
     ]
     arguments, named = pytree.tree_unflatten(found, spec)
