@@ -6,7 +6,7 @@ import pytest
 
 from sparsetwin.errors import ConfigError, ScheduleError
 from sparsetwin.integrations.lengths import PhaseLengths, build_method
-from sparsetwin.methods import ACDC, IMP
+from sparsetwin.methods import ACDC, IMP, CrAM
 from sparsetwin.schedules import Schedule, constant, rounds
 
 
@@ -41,6 +41,16 @@ def test_a_method_that_goes_back_in_the_learning_rate_schedule_is_refused_with_w
         ConfigError, match=r"IMP goes back .* schedule of 10 steps, .* 30 .*`sparsetwin train`.*loop of your own"
     ):
         build_method(partial(IMP, rewind=rewind), in_rounds, total_steps=30, steps_per_epoch=10)
+
+
+def test_a_method_that_passes_twice_over_a_batch_is_refused_with_what_to_use_instead():
+    with pytest.raises(ConfigError, match=r"CrAM passes more than once .*`sparsetwin train`.*backward\(closure\)"):
+        build_method(
+            CrAM,
+            lambda total, _: constant(sparsity=0.5, total_steps=total, warmup_steps=6),
+            total_steps=9,
+            steps_per_epoch=3,
+        )
 
 
 def test_importing_sparsetwin_imports_no_trainer():

@@ -140,6 +140,24 @@ def test_a_checkpoint_from_before_passes_were_counted_goes_on(tmp_path):
     assert spent == 3 * (2 * whole.kept[STEPS] + sum(whole.kept[2:]))
 
 
+class LastIsSmall(Numbers):
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = super().batch(number)
+        return (inputs[:3], labels[:3]) if number == STEPS - 1 else (inputs, labels)
+
+
+@pytest.mark.parametrize(("name", "steps_before"), [("snip", 0), ("woodfisher", STEPS)])
+def test_sampled_gradients_of_a_batch_that_is_not_full_are_paid_for_by_its_samples(name, steps_before, tmp_path):
+    schedule = phases([(steps_before, 0.0), (STEPS, 0.75)] if steps_before else [(STEPS, 0.75)])
+    made = make_method(name, schedule, samples=STEPS)
+    run = make_run(tmp_path / "run", made, data=LastIsSmall(), learning_rate=FLAT)
+    assert run.execute()
+    epoch = (STEPS - 1) * BATCH + 3
+    passes_before = epoch * (1 + steps_before // STEPS)  # of the samples, and of the dense phase
+    expected = 3 * (passes_before * 384 + epoch * 96)
+    assert run.folder.last_event()["training_flops"] == expected
+
+
 def test_an_update_that_overflows_is_not_paid_for(tmp_path):
     data, seen = Numbers(count=12), []
     data.scales[2], data.watch = 1e30, seen.append

@@ -163,7 +163,7 @@ def _widened(reader: Reader, name: str, layout: Layout, mask: Tensor) -> Tensor:
 def _counts(mask: Tensor) -> Tensor:
     """Return how many weights each channel keeps."""
     rows = channels(tuple(mask.shape))
-    return mask.reshape(rows, -1).sum(1) if mask.numel() else torch.zeros(rows, dtype=torch.int64)
+    return mask.reshape(rows, -1).sum(1) if mask.numel() else torch.zeros(rows, dtype=torch.int64, device=mask.device)
 
 
 def _sparse_entries(name: str, tensor: Tensor, mask: Tensor, layout: Layout) -> list[Entry]:
@@ -188,7 +188,7 @@ def _values_of(tensor: Tensor, mask: Tensor, layout: Layout) -> Tensor:
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Return a tensor of the mask's shape with the values where it keeps, bit for bit, and zeros elsewhere."""
-    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     integers = _INTEGERS[values.itemsize]
     dense.view(integers).view(-1).masked_scatter_(mask.view(-1), values.view(integers))
     return dense

@@ -86,7 +86,7 @@ def check_fits(name: str, tensor: Tensor, values: Values) -> None:
         if not bool(finite.all()):
             raise StateError(f"{name} has values that are not finite, which int8 cannot hold; store them as 'exact'")
         scales = channel_scales(tensor)
-        most_steps = torch.full(scales.shape, 127, dtype=torch.int8)
+        most_steps = torch.full_like(scales, 127, dtype=torch.int8)
         fits = bool(_int8.widened(most_steps, scales, tensor.dtype).isfinite().all())
     else:
         fits = bool((tensor.to(dtype).isfinite() | ~finite).all())

@@ -131,7 +131,7 @@ def _is_part(name: str) -> bool:
 def _entries(prefix: str, tensor: Tensor, mask: Tensor) -> list[Entry]:
     *rows, columns = tensor.shape
     return [
-        Entry(f"{prefix}.shape", torch.int64, (tensor.ndim,), lambda: torch.tensor(tensor.shape)),
+        Entry(f"{prefix}.shape", torch.int64, (tensor.ndim,), lambda: torch.tensor(tensor.shape, device="cpu")),
         Entry(f"{prefix}.compressed", tensor.dtype, (int(mask.sum()),), lambda: kept_values(tensor, mask)),
         Entry(f"{prefix}.bitmask", torch.uint8, (*rows, -(-columns // 8)), lambda: _pack_rows(mask)),
         Entry(f"{prefix}.row_offsets", torch.int64, tuple(rows), lambda: _offsets(mask)),

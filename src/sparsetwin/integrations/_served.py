@@ -27,3 +27,9 @@ def refuse_unserved(method: Method) -> None:
             f"through all {total_steps} steps; use `sparsetwin train`, or a loop of your own that sets the learning "
             "rate by method.learning_rate_step(step)"
         )
+    if method.needs_closure:
+        raise ConfigError(
+            f"{name} passes more than once over each batch, but this trainer does one forward and backward pass and "
+            "offers no place for another; use `sparsetwin train`, or a loop of your own with "
+            "sparsifier.backward(closure)"
+        )

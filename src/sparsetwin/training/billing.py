@@ -37,11 +37,13 @@ class Billing:
             session.before_pass = self._tally.count
         self._phase_before: Phase | None = None
         self._was_taught = False
+        self._sampled_before = 0
 
     def begin_step(self) -> None:
         """Remember how things are before a step."""
         self._tally.begin_step()
         self._phase_before, self._was_taught = self._session.sparsifier.phase, self._is_taught
+        self._sampled_before = self._session.sampled
 
     def end_step(self, samples: int, *, counts: bool) -> None:
         """Take in a step.
@@ -53,8 +55,9 @@ class Billing:
         """
         method, phase = self._session.sparsifier.method, self._session.sparsifier.phase
         enters = phase is not None and phase != self._phase_before
-        if phase is not None and enters:
-            self._pay_for_samples(phase)
+        sampled = self._session.sampled - self._sampled_before
+        if sampled:
+            self._pay_for_samples(sampled)
         if phase is None or not counts:
             return
         if enters and method.needs_gradients(phase):
@@ -85,10 +88,8 @@ class Billing:
         self._samples, self._left_flops = 0, density.kept
         return density.kept
 
-    def _pay_for_samples(self, entered: Phase) -> None:
+    def _pay_for_samples(self, samples: int) -> None:
         """Pay for the gradients that were sampled to choose masks, with the weights of the phase that ended."""
-        session = self._session
-        samples = session.sparsifier.method.gradient_samples(entered) * session.settings.train.batch_size
         each = 3 * self._left_flops + (self._teacher_flops if self._is_taught else 0)
         self.ledger.add_flops(each * samples)
 

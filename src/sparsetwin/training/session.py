@@ -102,6 +102,7 @@ class Session:
         self.teacher = make_teacher(teacher, self.evaluated_model, self.sparsifier, train)
         self._forward = torch.compile(self._wrapped) if train.compile else self._wrapped
         self.before_pass: Callable[[], None] | None = None  # called before each pass over a batch that is trained on
+        self.sampled = 0  # samples of batches whose gradients a method took to choose masks
         self.skipped = 0  # batches whose update overflowed
         self.skipped_in_a_row = 0
         self._constant = self._not_finite_buffers()
@@ -175,7 +176,9 @@ class Session:
     def _sample_gradients(self, index: int) -> None:
         assert self._sample_batch is not None
         self.model.train()
-        self._pass(*self._sample_batch(index), scaler=None)
+        inputs, labels = self._sample_batch(index)
+        self._pass(inputs, labels, scaler=None)
+        self.sampled += len(labels)
 
     def _averaging(self, *, is_last: bool) -> AbstractContextManager[object]:
         """Return the context of a backward pass; gradients are averaged over processes in a step's last one."""
