@@ -1,7 +1,6 @@
 """What a run depends on besides its settings."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,6 @@ from sparsetwin.training import Score, choose_device, evaluate, make_determinist
 from sparsetwin.training.environment import generator_state, git_commit, machine, restore_generators, versions
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def as_before() -> Iterator[None]:
-    was = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    yield
-    torch.use_deterministic_algorithms(was[0])
-    torch.backends.cudnn.benchmark = was[1]
 
 
 def draws() -> tuple[float, float, float, float]:
@@ -48,7 +39,7 @@ def test_every_generator_goes_on_from_its_saved_state(tmp_path: Path) -> None:
     assert [draws() for _ in range(3)] == expected
 
 
-def test_deterministic_algorithms_are_switched_on_and_off(as_before: None) -> None:
+def test_deterministic_algorithms_are_switched_on_and_off() -> None:
     for on in (True, False):
         make_deterministic(deterministic=on)
         assert torch.are_deterministic_algorithms_enabled() == on
